@@ -1,0 +1,102 @@
+"""Flow matching: the straight path between an image and noise, learnt as a velocity or as the image itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.prediction import Level
+from ..core.tensors import per_sample
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``network(x, timestep, labels)``: the raw output, shaped like ``x``."""
+
+TIMESTEPS = 1000.0  # what FlowMatchEulerDiscreteScheduler multiplies sigma by before a network eats it
+
+
+def logit_normal(gauss: Tensor, *, mean: float, std: float) -> Tensor:
+    """Noise levels ``sigmoid(std * gauss + mean)`` in (0, 1), of the shape of ``gauss``."""
+    return torch.sigmoid(std * gauss + mean)
+
+
+def velocity_loss(
+    network: Network,
+    clean: Tensor,
+    noise: Tensor,
+    level: Level,
+    labels: Tensor,
+    *,
+    prediction: str = "velocity",
+    sigma_floor: float = 0.05,
+) -> Tensor:
+    """Mean squared error of the velocity ``noise - clean``, one number a sample, (B,).
+
+    The sample is ``x = alpha * clean + sigma * noise`` with ``alpha = 1 - sigma``, and the network eats
+    ``1000 * sigma``. A network that predicts the denoised image is held to the same loss: on this path
+    ``velocity = (x - denoised) / sigma``, so its velocity error is its image error over ``sigma``, which
+    ``sigma_floor`` keeps finite.
+
+    Args:
+        network: ``network(x, timestep, labels)``, output shaped like ``x``.
+        clean: Images, (B, C, H, W).
+        noise: Standard normal noise, like ``clean``.
+        level: ``alpha`` and ``sigma`` of shape (B,).
+        labels: Class indices, (B,).
+        prediction: What the network's output means, "velocity" or "denoised".
+        sigma_floor: Least sigma that an image error is divided by.
+
+    Raises:
+        ValueError: ``prediction`` is neither of the two.
+    """
+    alpha, sigma = per_sample(level.alpha, clean), per_sample(level.sigma, clean)
+    x = alpha * clean + sigma * noise
+    output = network(x, TIMESTEPS * level.sigma, labels).float()
+    if prediction == "velocity":
+        error = output - (noise - clean)
+    elif prediction == "denoised":
+        error = (output - clean) / sigma.clamp(min=sigma_floor)
+    else:
+        raise ValueError(f"prediction must be 'velocity' or 'denoised', got {prediction!r}")
+    return error.square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Flow matching with logit-normal noise levels (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+
+    Attributes:
+        prediction: What the network predicts, "velocity" or "denoised"; the loss is in velocity either way.
+        mean: Mean of the logit of sigma; above 0 spends more on noisy samples.
+        std: Standard deviation of the logit of sigma.
+        sigma_floor: Least sigma that an image error is divided by.
+    """
+
+    prediction: str = "velocity"
+    mean: float = 0.4
+    std: float = 0.8
+    sigma_floor: float = 0.05
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Level]:
+        """Noise of ``shape`` (B, ...) and levels of shape (B,), on the generator's device."""
+        device = generator.device
+        gauss = torch.randn(shape[0], generator=generator, device=device)
+        sigma = logit_normal(gauss, mean=self.mean, std=self.std)
+        noise = torch.randn(shape, generator=generator, device=device)
+        return noise, Level(alpha=1 - sigma, sigma=sigma)
+
+    def __call__(
+        self, network: Network, clean: Tensor, noise: Tensor, level: Level, labels: Tensor
+    ) -> Tensor:
+        """The loss of each sample, (B,); see `velocity_loss`."""
+        return velocity_loss(
+            network,
+            clean,
+            noise,
+            level,
+            labels,
+            prediction=self.prediction,
+            sigma_floor=self.sigma_floor,
+        )
