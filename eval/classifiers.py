@@ -69,9 +69,11 @@ class _Residual(nn.Module):
         return x + self.relu(self.second(self.relu(self.first(x))))
 
 
-def _conv_norm(width_in: int, width_out: int) -> nn.Sequential:
-    conv = nn.Conv2d(width_in, width_out, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(width_out))
+def _conv_norm(width_in: int, width_out: int, pool: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(width_in, width_out, 3, padding=1, bias=False)]
+    if pool:  # before the norm: a quarter of the elementwise work
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.BatchNorm2d(width_out))
 
 
 class CifarClassifier(nn.Module):
@@ -99,9 +101,9 @@ class CifarResNet(CifarClassifier):
         w = config.width
         self.trunk = nn.Sequential(
             _conv_norm(3, w), nn.ReLU(),
-            _conv_norm(w, 2 * w), nn.ReLU(), nn.MaxPool2d(2), _Residual(2 * w),
-            _conv_norm(2 * w, 4 * w), nn.ReLU(), nn.MaxPool2d(2),
-            _conv_norm(4 * w, 4 * w), nn.ReLU(), nn.MaxPool2d(2), _Residual(4 * w),
+            _conv_norm(w, 2 * w, pool=True), nn.ReLU(), _Residual(2 * w),
+            _conv_norm(2 * w, 4 * w, pool=True), nn.ReLU(),
+            _conv_norm(4 * w, 4 * w, pool=True), nn.ReLU(), _Residual(4 * w),
         )
         self.head = nn.Linear(4 * w, config.num_classes, bias=False)
 
@@ -114,8 +116,8 @@ class CifarPlainNet(CifarClassifier):
         layers: list[nn.Module] = [self.whiten, nn.GELU(approximate="tanh")]
         width = 24
         for wider in config.widths:
-            layers += [nn.Conv2d(width, wider, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(wider), nn.GELU(approximate="tanh"),
-                       *_conv_norm(wider, wider), nn.GELU(approximate="tanh")]
+            layers += [_conv_norm(width, wider, pool=True), nn.GELU(approximate="tanh")]
+            layers += [_conv_norm(wider, wider), nn.GELU(approximate="tanh")]
             width = wider
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(width, config.num_classes, bias=False)

@@ -1,0 +1,96 @@
+"""Join models and a guidance rule into the ``denoise(x, sigma)`` that samplers take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .prediction import Level
+from .step import Branch, Guidance, Step
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+class GuidedDenoiser:
+    """A denoiser under guidance: ``denoise(x, sigma)`` for samplers, tests and any model that is not a pipeline.
+
+    Args:
+        rule: a guidance method; None gives the conditional model.
+        cond: conditional denoiser, ``cond(x, sigma) -> denoised``.
+        uncond: unconditional denoiser, or None.
+        weak: a weak conditional denoiser (autoguidance), or None.
+        level: what a sampler's sigma means; ``Level.ve`` (default) or ``Level.flow``.
+        count: number of steps of a trajectory, for rules with schedules.
+
+    Call ``begin()`` before each trajectory: it gives the rule a fresh memory and sets the step to 0.
+    A call at a smaller sigma than the last is the next step. Calls at the same sigma, and the trial
+    evaluations of a multi-stage solver between ``begin_step`` calls, are later stages of the same step.
+    """
+
+    def __init__(
+        self,
+        rule: Guidance | None,
+        cond: Denoise,
+        uncond: Denoise | None = None,
+        *,
+        weak: Denoise | None = None,
+        level: Callable[[Tensor], Level] = Level.ve,
+        count: int = 1,
+    ) -> None:
+        self.rule, self.cond, self.uncond, self._weak = rule, cond, uncond, weak
+        self.level, self.count = level, count
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a new trajectory."""
+        self.memory: dict[Any, Any] = {}
+        self.index, self.stage, self.evaluations = -1, 0, 0
+        self.last: Step | None = None
+
+    def begin_step(self, index: int | None = None) -> None:
+        """Say that the next call is the first evaluation of a new solver step."""
+        self.index = self.index + 1 if index is None else index
+        self.stage = -1
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The guided denoised sample, shape of ``x``; ``sigma`` has shape () or (B,)."""
+        if self.index < 0:
+            self.begin_step()
+        self.stage += 1
+        predictions: dict[str, Denoise | None] = {"cond": self.cond, "uncond": self.uncond}
+
+        def evaluate(at: Tensor | None, branch: Branch = "cond", **_: Any) -> Tensor:
+            model = predictions[branch]
+            if model is None:
+                raise ValueError("this GuidedDenoiser has no unconditional model; pass uncond=")
+            self.evaluations += 1
+            return model(x if at is None else at, sigma)
+
+        def evaluate_weak(model: Any, branch: Branch = "cond", **_: Any) -> Tensor:
+            self.evaluations += 1
+            denoise: Denoise | None = model if callable(model) else self._weak
+            if denoise is None:
+                raise ValueError("this GuidedDenoiser has no weak model; pass weak=")
+            return denoise(x, sigma)
+
+        cond = evaluate(None, "cond")
+        if self.rule is None:
+            return cond
+        step = Step(
+            x=x,
+            level=self.level(torch.as_tensor(sigma)),
+            index=self.index,
+            count=self.count,
+            timestep=sigma,
+            cond=cond,
+            uncond=None if self.uncond is None else evaluate(None, "uncond"),
+            stage=self.stage,
+            memory=self.memory,
+            evaluate=evaluate,
+            evaluate_weak=evaluate_weak if self._weak is not None else None,
+        )
+        self.last = step
+        return self.rule(step)

@@ -1,0 +1,56 @@
+"""Per-sample scalars, dot products and norms over batches of any shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def per_sample(scalar: Tensor, like: Tensor) -> Tensor:
+    """View one value a sample so that it broadcasts over ``like``.
+
+    Args:
+        scalar: shape () or (B,).
+        like: shape (B, ...).
+
+    Returns:
+        A view of ``scalar`` with shape (1, 1, ...) or (B, 1, ...), as many dimensions as ``like``.
+
+    Raises:
+        ValueError: if ``scalar`` has any other shape. Nothing is guessed: a (B,) tensor that is left
+            to PyTorch's own broadcasting is *silently* wrong where B equals the width.
+    """
+    batch = like.shape[0] if like.ndim else 1
+    if scalar.ndim > 1 or (scalar.ndim == 1 and scalar.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"expected one value per sample, shape () or ({batch},), got {tuple(scalar.shape)}; "
+            "pass noise levels as they are, without unsqueezing them by hand"
+        )
+    return scalar.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32 if it is narrower, and unchanged if it is float32 or float64."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def sample_dot(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Dot product of each sample, over all dimensions but the first.
+
+    Args:
+        a: shape (B, ...), float32 or wider (see ``widen``).
+        b: shape (B, ...).
+        weight: optional mask or weight that broadcasts over ``a`` (padded tokens: 0).
+
+    Returns:
+        Shape (B,).
+    """
+    product = a * b if weight is None else a * b * weight
+    return product.flatten(1).sum(1) if product.ndim > 1 else product
+
+
+def sample_norm(a: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Euclidean norm of each sample, over all dimensions but the first; shape (B,)."""
+    if weight is not None:
+        return sample_dot(a, a, weight).sqrt()
+    return torch.linalg.vector_norm(a.flatten(1), dim=1) if a.ndim > 1 else a.abs()
