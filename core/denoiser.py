@@ -25,9 +25,10 @@ class GuidedDenoiser:
         level: what a sampler's sigma means; ``Level.ve`` (default) or ``Level.flow``.
         count: number of steps of a trajectory, for rules with schedules.
 
-    Call ``begin()`` before each trajectory: it gives the rule a fresh memory and sets the step to 0.
-    A call at a smaller sigma than the last is the next step. Calls at the same sigma, and the trial
-    evaluations of a multi-stage solver between ``begin_step`` calls, are later stages of the same step.
+    ``samplers.integrate`` says where trajectories and steps begin. In a loop of your own call
+    ``begin()`` before each trajectory, which gives the rule a fresh memory, and ``begin_step()`` before
+    the first evaluation of each step; further evaluations until the next ``begin_step`` are the later
+    stages of a multi-stage solver.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class GuidedDenoiser:
         self.level, self.count = level, count
         self.begin()
 
-    def begin(self) -> None:
-        """Start a new trajectory."""
+    def begin(self, count: int | None = None) -> None:
+        """Start a new trajectory, of ``count`` steps if given."""
+        self.count = self.count if count is None else count
         self.memory: dict[Any, Any] = {}
         self.index, self.stage, self.evaluations = -1, 0, 0
         self.last: Step | None = None

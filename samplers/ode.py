@@ -1,0 +1,95 @@
+"""Deterministic steps of the probability-flow equation, over ``denoise(x, sigma)``.
+
+With ``x = clean + sigma * noise`` (EDM) and with ``x = (1 - sigma) * clean + sigma * noise`` (flow)
+alike the equation reads ``dx / dsigma = (x - denoised) / sigma``; so Euler and Heun need not know
+which it is. The multistep solver works in log-SNR and takes the ``level`` that says what a sigma
+means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.denoiser import Denoise
+from ..core.prediction import Level
+
+Memory = dict[str, Any]
+
+
+def slope(x: Tensor, denoised: Tensor, sigma: Tensor) -> Tensor:
+    """``dx / dsigma`` of the probability-flow equation; the noise (EDM) or the velocity (flow)."""
+    return (x - denoised) / sigma
+
+
+def euler_step(
+    denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Memory | None = None
+) -> Tensor:
+    """One Euler step, order 1, one evaluation; exact on arrival at sigma 0.
+
+    Args:
+        denoise: ``denoise(x, sigma) -> denoised``.
+        x: the sample at ``sigma``, (B, ...).
+        sigma: shape (), greater than 0.
+        sigma_next: shape (), smaller than ``sigma``.
+        memory: unused; Euler remembers nothing.
+
+    Returns:
+        The sample at ``sigma_next``.
+    """
+    denoised = denoise(x, sigma)
+    return denoised + (sigma_next / sigma) * (x - denoised)
+
+
+def heun_step(
+    denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Memory | None = None
+) -> Tensor:
+    """A trial Euler step, then the mean of both slopes: order 2 (Karras et al. 2022, Algorithm 1).
+
+    Arguments as ``euler_step``. At ``sigma_next`` = 0 the second slope is undefined and the Euler
+    step is taken, which is exact there.
+    """
+    d = slope(x, denoise(x, sigma), sigma)
+    trial = x + (sigma_next - sigma) * d
+    if sigma_next == 0:
+        return trial
+    d_next = slope(trial, denoise(trial, sigma_next), sigma_next)
+    return x + (sigma_next - sigma) * (d + d_next) / 2
+
+
+def dpmpp_2m_step(
+    denoise: Denoise,
+    x: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    memory: Memory | None = None,
+    *,
+    level: Callable[[Tensor], Level] = Level.ve,
+) -> Tensor:
+    """DPM-Solver++(2M): order 2 from one evaluation a step (Lu et al. 2022, Algorithm 2).
+
+    Arguments as ``euler_step``, and:
+        memory: the trajectory's dictionary; holds the last prediction. Without it, and on the first
+            step and on arrival at sigma 0, the step is the first-order one (the exponential Euler
+            step).
+        level: what a sigma means: ``Level.ve`` (default) or ``Level.flow``.
+    """
+    now, then = level(sigma), level(sigma_next)
+    denoised = denoise(x, sigma)
+    last = None if memory is None else memory.get("dpmpp_2m")
+    guess = denoised
+    if sigma_next == 0:
+        return denoised
+    if last is not None:
+        # At sigma = 1 of a flow the log-SNR is -inf: r would be infinite, which is no correction.
+        log_now, log_then = now.ratio.log(), then.ratio.log()
+        r = (last[1].log() - log_now) / (log_now - log_then)
+        if bool(torch.isfinite(r)):
+            guess = denoised + (denoised - last[0]) / (2 * r)
+    if memory is not None:
+        memory["dpmpp_2m"] = (denoised, now.ratio)
+    keep = then.sigma / now.sigma
+    return keep * x + (then.alpha - keep * now.alpha) * guess
