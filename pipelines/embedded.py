@@ -1,0 +1,58 @@
+"""The small CIFAR-10 model that comes with the package: real input with no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+
+from .class_conditional import ClassConditionalPipeline
+
+WEIGHTS = Path(__file__).parent / "embedded_weights"
+
+
+def load_embedded(
+    *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> ClassConditionalPipeline:
+    """The embedded class-conditional CIFAR-10 pipeline (32x32, flow matching), from the package itself.
+
+    Args:
+        dtype: of the network. The weights are stored in float16.
+        device: where to put it; None leaves it on the CPU.
+
+    Returns:
+        A pipeline ready to call: ``load_embedded()("cat", seeds=[0], guidance_scale=2.5).images[0]``.
+
+    Raises:
+        FileNotFoundError: if the package was installed without its weights.
+    """
+    folder = _folder("model")
+    pipe = ClassConditionalPipeline.from_pretrained(
+        folder, torch_dtype=dtype, local_files_only=True
+    )
+    return pipe if device is None else pipe.to(device)
+
+
+def load_embedded_weak(
+    *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> DiTTransformer2DModel:
+    """An early checkpoint of the embedded model's own training run: the guide of autoguidance.
+
+    Same architecture and inputs as ``load_embedded().transformer``; ``dtype``, ``device`` and errors as there.
+    """
+    model: Any = DiTTransformer2DModel.from_pretrained(
+        _folder("weak"), torch_dtype=dtype, local_files_only=True
+    )
+    return model if device is None else model.to(device)
+
+
+def _folder(name: str) -> Path:
+    folder = WEIGHTS / name
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the embedded weights are missing: no folder {folder}. A checkout carries them in git; reinstall "
+            "the package, or train them with scripts/train.py (docs/embedded_model.md)"
+        )
+    return folder
