@@ -1,116 +1,60 @@
-"""Train a small image classifier: seeded, resumable, cheap enough for one CPU core.
-
-The recipe is the usual one of fast CIFAR-10 training (Page 2018, "How to train your ResNet";
-Jordan 2024, arXiv 2404.00498): Nesterov SGD with a triangular learning rate and a large weight
-decay, label smoothing, translation by reflection padding, flips that alternate between epochs,
-and the first part of the run at a smaller resolution. Nothing but clean images is ever shown.
-"""
+"""Train a small image classifier: seeded, resumable, cheap enough for one CPU core."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import platform
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from ..eval.classifiers import CifarClassifier
+from ..eval.classifiers import (
+    CifarClassifier,
+    CifarPlainNet,
+    CifarResNet,
+    PlainNetConfig,
+    ResNetConfig,
+)
+from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
+from .classifier_recipe import ClassifierTraining, epoch_batches, learning_rate, whitening_filters
+from .data import LabelledImages
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "ClassifierTraining",
+    "build_classifier",
+    "classification_report",
+    "make_optimizer",
+    "predict",
+    "train_classifier",
+    "train_epoch",
+]
 
-
-@dataclass(frozen=True)
-class ClassifierTraining:
-    """Everything that decides the result of a run, given the data and the architecture."""
-
-    epochs: int = 12
-    batch_size: int = 250
-    lr: float = 0.4
-    momentum: float = 0.85
-    weight_decay: float = 1.3e-3
-    label_smoothing: float = 0.2
-    peak: float = 0.2  # fraction of the run at which the learning rate is highest
-    translate: int = 2  # pixels
-    small_size: int = 24  # resolution of the first part of the run
-    small_fraction: float = 0.5  # of the epochs
-    seed: int = 0
-    bf16: bool = True
-    compile: bool = True
-
-
-def augment(images: Tensor, *, translate: int, flip: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to ``translate`` pixels (reflection) and mirrored where ``flip``.
-
-    ``images`` (B, C, H, W) in any float type, ``flip`` (B,) bool; shape and range are kept.
-    """
-    batch, channels, height, width = images.shape
-    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
-    if not translate:
-        return images
-    padded = F.pad(images, (translate,) * 4, mode="reflect")
-    shift = torch.randint(0, 2 * translate + 1, (2, batch), generator=generator)
-    rows = (shift[0][:, None] + torch.arange(height))[:, None, :, None]
-    columns = (shift[1][:, None] + torch.arange(width))[:, None, None, :]
-    index = torch.arange(batch).view(-1, 1, 1, 1)
-    return padded[index, torch.arange(channels).view(1, -1, 1, 1), rows, columns]
+RESULT_FILE, LOG_FILE = "train.json", "log.jsonl"
 
 
-def epoch_batches(
-    images: Tensor, labels: Tensor, config: ClassifierTraining, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of one epoch, drawn from (seed, epoch) alone, so that any epoch repeats.
-
-    ``images`` (N, 3, H, W) uint8; yields floats in [0, 1] and their labels. An image is mirrored
-    in every other epoch: which of the two is its own coin, tossed once for the whole run.
-    """
-    count = len(images)
-    coin = torch.Generator().manual_seed(config.seed)
-    mirrored = torch.randint(0, 2, (count,), generator=coin).add(epoch).remainder(2).bool()
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch + 1)
-    order = torch.randperm(count, generator=generator)
-    size = config.small_size if epoch < config.small_fraction * config.epochs else images.shape[-1]
-    for rows in order.split(config.batch_size):
-        if len(rows) < min(config.batch_size, count):
-            return  # a short last batch would disturb BatchNorm; another order comes next epoch
-        batch = images[rows].float() / 255
-        batch = augment(
-            batch, translate=config.translate, flip=mirrored[rows], generator=generator
-        )
-        if size != batch.shape[-1]:
-            batch = F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
-        yield batch.contiguous(memory_format=torch.channels_last), labels[rows]
+def build_classifier(
+    config: ClassifierTraining, names: tuple[str, ...], images: Tensor
+) -> CifarClassifier:
+    """The untrained network; ``images`` uint8 (N, 3, H, W) set a whitening layer if it has one."""
+    torch.manual_seed(config.seed)
+    if config.arch == "resnet":
+        return CifarResNet(ResNetConfig(class_names=names, width=config.width))
+    widths = (config.width, 4 * config.width, 4 * config.width)
+    network = CifarPlainNet(PlainNetConfig(class_names=names, widths=widths))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+    some = images[order[:5000]].float() / 255
+    network.set_whitening(whitening_filters((some - network.mean) / network.std, 2))
+    return network
 
 
-def whitening_filters(images: Tensor, size: int, eps: float = 5e-4) -> Tensor:
-    """Filters that whiten ``size`` x ``size`` patches of ``images``, (2 * 3 * size**2, 3, size, size).
-
-    The eigenvectors of the patch covariance divided by the root of their eigenvalue, and their
-    negatives. ``images`` (N, 3, H, W), already normalised as the network does.
-    """
-    patches = F.unfold(images, size).transpose(1, 2).flatten(0, 1).double()
-    values, vectors = torch.linalg.eigh(patches.T.cov())
-    filters = (vectors / (values + eps).sqrt()).T.view(-1, images.shape[1], size, size)
-    return torch.cat([filters, -filters]).float()
-
-
-def learning_rate(config: ClassifierTraining, progress: float) -> float:
-    """The triangular schedule: linear from a fifth of ``lr`` to ``lr`` at ``peak``, then to zero."""
-    if progress < config.peak:
-        return config.lr * (0.2 + 0.8 * progress / config.peak)
-    return config.lr * (1 - progress) / (1 - config.peak)
-
-
-def _optimizer(model: nn.Module, config: ClassifierTraining) -> torch.optim.SGD:
-    trained = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(network: nn.Module, config: ClassifierTraining) -> torch.optim.SGD:
+    """Nesterov SGD; vectors (BatchNorm, biases) have no weight decay."""
+    trained = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -119,29 +63,171 @@ def _optimizer(model: nn.Module, config: ClassifierTraining) -> torch.optim.SGD:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Logits (N, classes) in float32 of uint8 ``images`` (N, 3, H, W), in eval mode."""
-    was_training = model.training
-    model.eval()
-    logits = [model(rows.float() / 255).float() for rows in images.split(batch_size)]
-    model.train(was_training)
-    return torch.cat(logits)
+def predict(network: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tensor:
+    """Logits (N, classes), float32 on the CPU, of uint8 ``images`` (N, 3, H, W); in eval mode."""
+    was_training = network.training
+    device = next(network.parameters()).device
+    network.eval()
+    rows = images.split(batch_size)
+    logits = torch.cat([network(part.to(device).float() / 255).float().cpu() for part in rows])
+    network.train(was_training)
+    return logits
 
 
-def train_epoch(model, optimizer, images, labels, config, epoch):
-    """One pass over the data; returns the mean training loss."""
-    steps = len(images) // config.batch_size
-    total = 0.0
-    model.train()
-    for step, (batch, target) in enumerate(epoch_batches(images, labels, config, epoch)):
-        rate = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
+def classification_report(logits: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str, float]:
+    """Accuracy, negative log-likelihood and expected calibration error of ``logits`` (N, classes).
+
+    The calibration error is that of Guo et al. 2017 (arXiv 1706.04599): the confidence of the
+    predicted class against the accuracy, over equally wide ``bins``.
+    """
+    logits = logits.double()
+    confidence, predicted = logits.softmax(1).max(1)
+    correct = (predicted == labels).double()
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.double).index_add(0, which, confidence - correct)
+    return {
+        "accuracy": correct.mean().item(),
+        "nll": F.cross_entropy(logits, labels).item(),
+        "ece": gaps.abs().sum().item() / len(labels),
+    }
+
+
+def train_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: LabelledImages,
+    config: ClassifierTraining,
+    epoch: int,
+    *,
+    progress: bool = False,
+) -> float:
+    """One pass over ``data``; returns the mean training loss."""
+    steps = max(len(data) // config.batch_size, 1)
+    device = next(network.parameters()).device
+    total = torch.zeros((), device=device)
+    network.train()
+    batches = epoch_batches(data.pixels, data.labels, config, epoch)
+    bar = tqdm(
+        batches, f"epoch {epoch + 1}", steps, leave=False, disable=None if progress else True
+    )
+    for step, (images, labels) in enumerate(bar):
+        images, labels = images.to(device), labels.to(device)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.bf16):
-            logits = model(batch)
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=config.label_smoothing)
+            group["lr"] = learning_rate(config, (epoch + (step + 0.5) / steps) / config.epochs)
+        with _autocast(config, device):
+            logits = network(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        total += loss.item()
-    return total / steps
+        total += loss.detach()
+    return total.item() / steps
+
+
+def train_classifier(
+    train: LabelledImages,
+    test: LabelledImages,
+    config: ClassifierTraining,
+    out: Path,
+    *,
+    device: str | torch.device = "cpu",
+    versions: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Train, save to ``out``, and return what is written to ``out/train.json``.
+
+    After every epoch a checkpoint is kept in ``out/checkpoints``, from which another call with
+    the same ``config`` goes on and ends at the same weights. The numbers in the result are those
+    of the float16 weights read back from ``out``.
+
+    Raises:
+        FileExistsError: ``out`` holds a finished run.
+        ValueError: ``out`` holds part of a run with another ``config``, or a damaged checkpoint.
+    """
+    if (out / RESULT_FILE).exists():
+        raise FileExistsError(f"{out} holds a finished run; choose another folder or remove it")
+    if test.names != train.names:
+        raise ValueError(f"the classes differ: {train.names} in training, {test.names} in test")
+    network = build_classifier(config, train.names, train.pixels).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(network, config)
+    log = _resume(out, config, network, optimizer)
+    for epoch in range(len(log), config.epochs):
+        start = time.monotonic()
+        loss = train_epoch(network, optimizer, train, config, epoch, progress=True)
+        seconds = time.monotonic() - start
+        with _autocast(config, device):
+            logits = predict(network, test.pixels)
+        accuracy = classification_report(logits, test.labels)["accuracy"]
+        log.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds})
+        _checkpoint(out, config, network, optimizer, log)
+    return _finish(out, config, network, test, log, versions or {})
+
+
+def _autocast(config: ClassifierTraining, device: str | torch.device) -> torch.autocast:
+    enabled = config.precision == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
+
+
+def _checkpoint(
+    out: Path,
+    config: ClassifierTraining,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    log: list[dict[str, Any]],
+) -> None:
+    state = {
+        "step": len(log),
+        "config": asdict(config),
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "log": log,
+    }
+    save_checkpoint(out / "checkpoints", len(log), state, keep=1)
+    (out / LOG_FILE).write_text("".join(json.dumps(line) + "\n" for line in log))
+
+
+def _resume(
+    out: Path,
+    config: ClassifierTraining,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> list[dict[str, Any]]:
+    """Load the newest checkpoint of ``out``, if there is one; returns the log so far."""
+    found = list_checkpoints(out / "checkpoints")
+    if not found:
+        return []
+    state = load_checkpoint(found[-1])
+    now = asdict(config)
+    changed = {k: (v, now.get(k)) for k, v in state["config"].items() if now.get(k) != v}
+    if changed:
+        raise ValueError(
+            f"{out} holds part of a run with other options (saved, now): {changed}; "
+            "use the same ones to go on, or another folder"
+        )
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    log: list[dict[str, Any]] = state["log"]
+    return log
+
+
+def _finish(
+    out: Path,
+    config: ClassifierTraining,
+    network: CifarClassifier,
+    test: LabelledImages,
+    log: list[dict[str, Any]],
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    network.save_pretrained(out)
+    stored = CifarClassifier.from_pretrained(out)
+    result = {
+        "id": stored.id,
+        "parameters": sum(p.numel() for p in stored.parameters()),
+        "test": classification_report(predict(stored, test.pixels), test.labels),
+        "seconds": sum(line["seconds"] for line in log),
+        "config": asdict(config),
+        "versions": {"torch": torch.__version__, **versions},
+        "log": log,
+    }
+    write_json(out / RESULT_FILE, result)
+    return result
