@@ -1,4 +1,4 @@
-"""What every method is written in: prediction kinds, noise levels, steps, tensors, noise, oracles."""
+"""What every method is written in: prediction kinds, noise levels, steps, noise, oracles."""
 
 from .denoiser import GuidedDenoiser as GuidedDenoiser
 from .noise import noise_like_seeds as noise_like_seeds

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from .prediction import Level
-from .step import Branch, Guidance, Step
+from .step import Branch, Guidance, MissingPrediction, Step
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[..., Tensor]  # (x, sigma) -> denoised; keywords are overrides of `Step.predict`
 
 
 class GuidedDenoiser:
-    """A denoiser under guidance: ``denoise(x, sigma)`` for samplers, tests and any model that is not a pipeline.
+    """A denoiser under guidance, for samplers, tests and any model that is not a pipeline.
+
+    It is itself a ``denoise(x, sigma)``.
 
     Args:
         rule: a guidance method; None gives the conditional model.
@@ -26,9 +28,9 @@ class GuidedDenoiser:
         count: number of steps of a trajectory, for rules with schedules.
 
     ``samplers.integrate`` says where trajectories and steps begin. In a loop of your own call
-    ``begin()`` before each trajectory, which gives the rule a fresh memory, and ``begin_step()`` before
-    the first evaluation of each step; further evaluations until the next ``begin_step`` are the later
-    stages of a multi-stage solver.
+    ``begin()`` before each trajectory, which gives the rule a fresh memory, and ``begin_step()``
+    before the first evaluation of each step; further evaluations until the next ``begin_step`` are
+    the later stages of a multi-stage solver.
     """
 
     def __init__(
@@ -64,19 +66,23 @@ class GuidedDenoiser:
         self.stage += 1
         predictions: dict[str, Denoise | None] = {"cond": self.cond, "uncond": self.uncond}
 
-        def evaluate(at: Tensor | None, branch: Branch = "cond", **_: Any) -> Tensor:
+        def evaluate(at: Tensor | None, branch: Branch = "cond", **overrides: Any) -> Tensor:
             model = predictions[branch]
             if model is None:
-                raise ValueError("this GuidedDenoiser has no unconditional model; pass uncond=")
+                raise MissingPrediction(
+                    "this GuidedDenoiser has no unconditional model; pass uncond=..."
+                )
             self.evaluations += 1
-            return model(x if at is None else at, sigma)
+            return model(x if at is None else at, sigma, **overrides)
 
-        def evaluate_weak(model: Any, branch: Branch = "cond", **_: Any) -> Tensor:
-            self.evaluations += 1
-            denoise: Denoise | None = model if callable(model) else self._weak
+        def evaluate_weak(model: Any, branch: Branch = "cond", **overrides: Any) -> Tensor:
+            if branch != "cond":
+                raise MissingPrediction("the weak model of a GuidedDenoiser is conditional only")
+            denoise: Denoise | None = self._weak if model is None else model
             if denoise is None:
-                raise ValueError("this GuidedDenoiser has no weak model; pass weak=")
-            return denoise(x, sigma)
+                raise MissingPrediction("this GuidedDenoiser has no weak model; pass weak=")
+            self.evaluations += 1
+            return denoise(x, sigma, **overrides)
 
         cond = evaluate(None, "cond")
         if self.rule is None:
@@ -92,7 +98,7 @@ class GuidedDenoiser:
             stage=self.stage,
             memory=self.memory,
             evaluate=evaluate,
-            evaluate_weak=evaluate_weak if self._weak is not None else None,
+            evaluate_weak=evaluate_weak,
         )
         self.last = step
         return self.rule(step)

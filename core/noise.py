@@ -42,7 +42,8 @@ def noise_like_seeds(
         generators: B generators; each is advanced by one draw of ``shape``.
         shape: the shape of one sample, without the batch dimension.
         device: where the result goes; the draw happens where the generators live, in float32.
-        dtype: of the result. The draw is float32 and then cast, so precision does not change a seed.
+        dtype: of the result. The draw is float32 and then cast, so precision does not change a
+            seed.
 
     Returns:
         Shape (B, *shape); row i depends on ``generators[i]`` alone.

@@ -1,8 +1,8 @@
 """One table that says what a network's output means at a noise level, and the conversions it gives.
 
-Everywhere in diffsteer a noisy sample is ``x = alpha * clean + sigma * noise``. Every parameterization
-in use is a linear mix of the same two unknowns, ``output = a * clean + b * noise``; the pair (a, b) is
-the whole difference between them, so one 2x2 system serves them all.
+Everywhere in diffsteer a noisy sample is ``x = alpha * clean + sigma * noise``. Every
+parameterization in use is a linear mix of the same two unknowns, ``a * clean + b * noise``. The
+pair (a, b) is the whole difference between them, so one 2x2 system serves them all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from .tensors import per_sample, widen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Level:
     """A noise level: ``x = alpha * clean + sigma * noise``.
 
@@ -39,32 +39,29 @@ class Level:
         for name in ("alpha", "sigma", "alpha_rate", "sigma_rate"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Tensor):
-                object.__setattr__(self, name, torch.tensor(value, dtype=torch.float32))
+                object.__setattr__(self, name, _number(value))
 
     @classmethod
     def flow(cls, sigma: Tensor | float) -> Level:
         """Rectified flow: ``x = (1 - sigma) * clean + sigma * noise``."""
-        s = torch.as_tensor(sigma)
-        s = s if s.is_floating_point() else s.float()
+        s = _number(sigma)
         return cls(1 - s, s, -torch.ones_like(s), torch.ones_like(s))
 
     @classmethod
     def ve(cls, sigma: Tensor | float) -> Level:
         """Variance exploding (EDM, k-diffusion): ``x = clean + sigma * noise``."""
-        s = torch.as_tensor(sigma)
-        s = s if s.is_floating_point() else s.float()
+        s = _number(sigma)
         return cls(torch.ones_like(s), s)
 
     @classmethod
     def vp(cls, alpha_cumprod: Tensor | float) -> Level:
-        """Variance preserving (DDPM): alpha and sigma are the roots of ``alpha_cumprod`` and of its rest."""
-        a = torch.as_tensor(alpha_cumprod)
-        a = a if a.is_floating_point() else a.float()
+        """Variance preserving (DDPM): ``alpha**2`` is ``alpha_cumprod``, ``sigma**2`` the rest."""
+        a = _number(alpha_cumprod)
         return cls(a.sqrt(), (1 - a).sqrt())
 
     @property
     def ratio(self) -> Tensor:
-        """The noise-to-signal ratio sigma / alpha: the sigma of EDM and k-diffusion, whatever the schedule."""
+        """The noise-to-signal ratio sigma / alpha: the sigma of EDM and k-diffusion."""
         return self.sigma / self.alpha
 
     def over(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +72,12 @@ class Level:
         """``alpha * clean + sigma * noise``, shape (B, ...), in the dtype of ``clean``."""
         alpha, sigma = self.over(clean)
         return (alpha * widen(clean) + sigma * widen(noise)).to(clean.dtype)
+
+
+def _number(value: Tensor | float) -> Tensor:
+    # On the CPU also under `with torch.device("cuda")`; float32 before any arithmetic: in bfloat16
+    # the alpha = 1 - sigma of a flow would keep two digits.
+    return widen(value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu"))
 
 
 def _over(value: Tensor, like: Tensor) -> Tensor:
@@ -91,17 +94,18 @@ class Kind:
     The kinds, by their field names:
         ``DENOISED``: the clean sample.
         ``NOISE``: the noise ("epsilon").
-        ``V``: ``alpha * noise - sigma * clean`` (Salimans and Ho 2022); for variance-preserving levels,
-            and for any other levels exactly that expression.
+        ``V``: ``alpha * noise - sigma * clean`` (Salimans and Ho 2022); for variance-preserving
+            levels, and for any other levels exactly that expression.
         ``V_VE``: the same v, read by a k-diffusion scheduler at ``x = clean + sigma * noise``:
             ``(noise - sigma * clean) / sqrt(1 + sigma^2)``.
         ``VELOCITY``: ``noise - clean``, the flow convention of diffusers, SD3 and Flux.
         ``VELOCITY_TO_DATA``: ``clean - noise``, for code whose time runs from noise to data.
         ``INTERPOLANT``: ``alpha' * clean + sigma' * noise``, the velocity of any interpolant (SiT).
-        ``Kind.edm(sigma_data)``: the raw output of an EDM-preconditioned network, ``x = clean + sigma * noise``.
+        ``Kind.edm(sigma_data)``: the raw output of an EDM-preconditioned network.
         ``Kind.kdiff(k)``: ``k * clean - (1 - k) * noise``, the generalized target of k-Diff.
 
-    A ``Kind`` is two plain values (``name``, ``parameter``), so it can be compared, stored and printed.
+    A ``Kind`` is two plain values (``name``, ``parameter``), so it can be compared, stored and
+    printed.
     """
 
     name: str
@@ -129,12 +133,17 @@ class Kind:
             low, high = _RANGE[self.name]
             if not low <= self.parameter <= high:
                 raise ValueError(
-                    f"the parameter of kind {self.name!r} must be in [{low}, {high}], got {self.parameter}"
+                    f"the parameter of kind {self.name!r} must be in [{low}, {high}], "
+                    f"got {self.parameter}"
                 )
 
     @classmethod
     def edm(cls, sigma_data: float = 0.5) -> Kind:
-        """The raw output F of an EDM network: ``denoised = c_skip * x + c_out * F`` (Karras 2022, eq. 7)."""
+        """The raw output F of an EDM network: ``denoised = c_skip * x + c_out * F``.
+
+        Karras et al. 2022, eq. 7 and table 1. At alpha other than 1 it is what the network would
+        put out at ``x / alpha`` and ``sigma / alpha``.
+        """
         return cls("edm", float(sigma_data))
 
     @classmethod
@@ -152,17 +161,14 @@ class Kind:
                     "derivatives of alpha and sigma; Level.flow sets them"
                 )
             return _over(level.alpha_rate, like), _over(level.sigma_rate, like)
-        if self.name == "edm" and bool((level.alpha != 1).any()):
-            raise ValueError(
-                "Kind.edm is defined for x = clean + sigma * noise, so alpha must be 1"
-            )
         return _MIX[self.name](alpha, sigma, self.parameter or 0.0)
 
 
 def _edm_mix(alpha: Tensor, sigma: Tensor, data: float) -> tuple[Tensor, Tensor]:
-    # F = (clean - c_skip * x) / c_out, with c_skip = d^2/(s^2+d^2) and c_out = s*d/sqrt(s^2+d^2).
-    norm = (sigma**2 + data**2).sqrt()
-    return sigma / (data * norm), -data / norm
+    # F = (clean - c_skip * x) / c_out, with c_skip = d^2/(s^2+d^2) and c_out = s*d/sqrt(s^2+d^2) at
+    # s = sigma / alpha; multiplied out, so that alpha = 0 is no division by zero.
+    norm = (sigma**2 + (alpha * data) ** 2).sqrt()
+    return sigma / (data * norm), -data * alpha / norm
 
 
 Mix = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -171,8 +177,8 @@ _MIX: dict[str, Mix] = {
     "noise": lambda alpha, sigma, _: (torch.zeros_like(alpha), torch.ones_like(sigma)),
     "v": lambda alpha, sigma, _: (-sigma, alpha),
     "v_ve": lambda alpha, sigma, _: (
-        -sigma * torch.rsqrt(1 + sigma**2),
-        torch.rsqrt(1 + sigma**2),
+        -sigma * torch.rsqrt(alpha**2 + sigma**2),
+        alpha * torch.rsqrt(alpha**2 + sigma**2),
     ),
     "velocity": lambda alpha, sigma, _: (-torch.ones_like(alpha), torch.ones_like(sigma)),
     "velocity_to_data": lambda alpha, sigma, _: (torch.ones_like(alpha), -torch.ones_like(sigma)),
@@ -195,8 +201,8 @@ def denoised_affine(kind: Kind, level: Level, like: Tensor) -> tuple[Tensor, Ten
     """The pair (A, B) of ``denoised = A * x + B * output``, broadcast over ``like``.
 
     A difference of denoised predictions is B times the difference of outputs: rules that change a
-    prediction by a small amount divide by B and never form ``(x - denoised) / sigma``, which loses all
-    digits near sigma = 0.
+    prediction by a small amount divide by B and never form ``(x - denoised) / sigma``, which loses
+    all digits near sigma = 0.
 
     Args:
         kind: the meaning of the output.
@@ -208,6 +214,8 @@ def denoised_affine(kind: Kind, level: Level, like: Tensor) -> tuple[Tensor, Ten
         clean sample (the noise at alpha = 0) they are infinite.
     """
     alpha, sigma = level.over(like)
+    if kind == Kind.DENOISED:  # also at sigma = 0, where the system below is singular
+        return torch.zeros_like(alpha), torch.ones_like(sigma)
     a, b = kind.mix(level, like)
     det = alpha * b - sigma * a
     return b / det, -sigma / det
@@ -223,8 +231,8 @@ def to_denoised(output: Tensor, kind: Kind, x: Tensor, level: Level) -> Tensor:
         level: the noise level of ``x``.
 
     Returns:
-        The denoised sample, same shape, computed in float32 or wider and cast back once to the dtype
-        of ``output``.
+        The denoised sample, same shape, computed in float32 or wider and cast back once to the
+        dtype of ``output``.
     """
     if kind == Kind.DENOISED:
         return output
@@ -233,14 +241,14 @@ def to_denoised(output: Tensor, kind: Kind, x: Tensor, level: Level) -> Tensor:
 
 
 def from_denoised(denoised: Tensor, kind: Kind, x: Tensor, level: Level) -> Tensor:
-    """The output of the given kind that implies ``denoised`` at ``x``: the inverse of ``to_denoised``.
+    """The output of the given kind that implies ``denoised``: the inverse of ``to_denoised``.
 
     Args:
         denoised: shape (B, ...).
         kind: the kind wanted.
         x: the noisy sample, same shape.
-        level: the noise level of ``x``; sigma must not be 0 unless the kind is ``DENOISED``, since a
-            noise-free sample says nothing about its noise.
+        level: the noise level of ``x``; sigma must not be 0 unless the kind is ``DENOISED``, since
+            a noise-free sample says nothing about its noise.
 
     Returns:
         Same shape and dtype as ``denoised``; computed in float32 or wider.

@@ -14,7 +14,7 @@ Branch = Literal["cond", "uncond"]
 
 
 class MissingPrediction(ValueError):
-    """A rule asked for something that this pipeline or this step cannot give; the text says what to change."""
+    """A rule asked for what this pipeline or step cannot give; the text says what to change."""
 
 
 @runtime_checkable
@@ -22,9 +22,10 @@ class Guidance(Protocol):
     """A guidance method: a callable from one ``Step`` to the guided denoised sample.
 
     Optional attributes, read with these defaults:
-        ``commutes`` (False): the rule is an affine mix of the predictions whose weights sum to one, so it
-            gives the same result in every parameterization; adapters then hand it raw network outputs
-            and spare both conversions (plain guidance stays bit-exact).
+        ``commutes`` (False): the rule is an affine mix of the predictions whose weights sum to one,
+            so it gives the same result in every parameterization; adapters then hand it raw network
+            outputs and spare both conversions (plain guidance stays bit-exact). A rule that repeats
+            what another program does to raw outputs says True as well.
         ``moves`` (False): the rule calls ``Step.move``.
     """
 
@@ -47,8 +48,8 @@ class Step:
         uncond: denoised prediction without it, or None where the pipeline ran without.
         stage: 0 for the first evaluation of a step, 1, 2, ... for the later ones of Heun and other
             multi-stage solvers.
-        memory: a dictionary that lives as long as the trajectory. The adapter makes a new one at the start
-            of every trajectory, so a rule never has to be reset by the user.
+        memory: a dictionary that lives as long as the trajectory. The adapter makes a new one at
+            the start of every trajectory, so a rule never has to be reset by the user.
         evaluate: how to evaluate the model again; set by the adapter, used through ``predict``.
         evaluate_weak: how to evaluate another model on the same inputs; used through ``weak``.
         moved: the sample that ``move`` put in the place of ``x``, or None.
@@ -75,10 +76,10 @@ class Step:
         """
         if self.uncond is None:
             raise MissingPrediction(
-                f"{who} needs the unconditional prediction, but the pipeline ran only the conditional one "
-                f"at step {self.index}. Turn classifier-free guidance on in the call: guidance_scale above 1 "
-                "(true_cfg_scale above 1 with a negative prompt for Flux and Qwen); its value does not "
-                "matter, the rule replaces it"
+                f"{who} needs the unconditional prediction, but the pipeline ran only the "
+                f"conditional one at step {self.index}. Turn classifier-free guidance on in the "
+                "call: guidance_scale above 1 (true_cfg_scale above 1 with a negative prompt for "
+                "Flux and Qwen); its value does not matter, the rule replaces it"
             )
         return self.uncond
 
@@ -98,7 +99,8 @@ class Step:
         """
         if self.evaluate is None:
             raise MissingPrediction(
-                "this step cannot evaluate the model again; use steer() on a pipeline, or a GuidedDenoiser"
+                "this step cannot evaluate the model again; use steer() on a pipeline, or a "
+                "GuidedDenoiser"
             )
         return self.evaluate(x, branch=branch, **overrides)
 
@@ -110,7 +112,8 @@ class Step:
         """
         if self.evaluate_weak is None:
             raise MissingPrediction(
-                "this step has no weak model; pass one, e.g. steer(pipe, rule, weak=weak_transformer)"
+                "this step has no weak model; pass one, e.g. "
+                "steer(pipe, rule, weak=weak_transformer)"
             )
         return self.evaluate_weak(model, branch=branch, **overrides)
 

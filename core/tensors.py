@@ -17,8 +17,8 @@ def per_sample(scalar: Tensor, like: Tensor) -> Tensor:
         A view of ``scalar`` with shape (1, 1, ...) or (B, 1, ...), as many dimensions as ``like``.
 
     Raises:
-        ValueError: if ``scalar`` has any other shape. Nothing is guessed: a (B,) tensor that is left
-            to PyTorch's own broadcasting is *silently* wrong where B equals the width.
+        ValueError: if ``scalar`` has any other shape. Nothing is guessed: a (B,) tensor that is
+            left to PyTorch's own broadcasting is *silently* wrong where B equals the width.
     """
     batch = like.shape[0] if like.ndim else 1
     if scalar.ndim > 1 or (scalar.ndim == 1 and scalar.shape[0] not in (1, batch)):

@@ -1,1 +1,34 @@
+"""Training-free guidance: one method a file, each a pure function and a small frozen dataclass."""
 
+from .apg import AdaptiveProjectedGuidance as AdaptiveProjectedGuidance
+from .apg import adaptive_projected as adaptive_projected
+from .cfg import ClassifierFreeGuidance as ClassifierFreeGuidance
+from .cfg import classifier_free as classifier_free
+from .interval import GuidanceInterval as GuidanceInterval
+from .schedule import CosineScale as CosineScale
+from .schedule import LinearScale as LinearScale
+from .schedule import ScaleSchedule as ScaleSchedule
+from .schedule import parse_scale as parse_scale
+
+__all__ = [
+    "AdaptiveProjectedGuidance",
+    "ClassifierFreeGuidance",
+    "CosineScale",
+    "GuidanceInterval",
+    "LinearScale",
+    "ScaleSchedule",
+    "adaptive_projected",
+    "classifier_free",
+    "parse_scale",
+    "rules",
+]
+
+
+def rules() -> dict[str, type]:
+    """Every public guidance method by its name; command lines derive their choices from it.
+
+    A class is a guidance method if it says whether it ``commutes`` (see ``core.Guidance``).
+    """
+    exported = {name: globals()[name] for name in __all__}
+    classes = {name: value for name, value in exported.items() if isinstance(value, type)}
+    return {name: value for name, value in classes.items() if hasattr(value, "commutes")}

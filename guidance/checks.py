@@ -1,0 +1,77 @@
+"""Argument checks of the guidance methods: errors name argument, value and remedy."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+    infinite: bool = False,
+    remedy: str,
+) -> None:
+    """Refuse what is not a number in the given range.
+
+    Args:
+        name: of the argument.
+        value: what the user gave.
+        low: smallest value allowed.
+        high: largest value allowed.
+        open_low: whether ``low`` itself is refused.
+        open_high: whether ``high`` itself is refused.
+        infinite: whether plus infinity is allowed.
+        remedy: what to do instead, a clause.
+
+    Raises:
+        TypeError: if ``value`` is not a real number.
+        ValueError: if it is NaN, infinite without leave, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} must be a number, got {value!r} of type {type(value).__name__}; {remedy}"
+        )
+    number = float(value)
+    if math.isnan(number) or (math.isinf(number) and not (infinite and number > 0)):
+        raise ValueError(f"{name} must be a finite number, got {value}; {remedy}")
+    below = number <= low if open_low else number < low
+    above = number >= high if open_high else number > high
+    if below or above:
+        left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
+        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value}; {remedy}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse what is not one of ``choices``.
+
+    Raises:
+        ValueError: naming the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_rule(name: str, rule: Any) -> None:
+    """Refuse what is not a guidance method, ready to be called.
+
+    Raises:
+        TypeError: for a string, a class that was not instantiated, or anything that is not
+            callable.
+    """
+    if isinstance(rule, type):
+        raise TypeError(
+            f"{name} must be a guidance method, got the class {rule.__name__} itself; "
+            f"make one of it first, e.g. {rule.__name__}(scale=4.0)"
+        )
+    if not callable(rule):
+        raise TypeError(
+            f"{name} must be a guidance method such as ClassifierFreeGuidance(scale=4.0), "
+            f"got {rule!r} of type {type(rule).__name__}; methods are objects, not names"
+        )
