@@ -1,4 +1,4 @@
-"""Everything that knows diffusers pipelines: steer(), the class-conditional pipeline, the embedded model."""
+"""Everything that knows diffusers pipelines: steer(), our own pipeline, the embedded model."""
 
 from .class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
 from .embedded import load_embedded as load_embedded

@@ -16,14 +16,14 @@ WEIGHTS = Path(__file__).parent / "embedded_weights"
 def load_embedded(
     *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> ClassConditionalPipeline:
-    """The embedded class-conditional CIFAR-10 pipeline (32x32, flow matching), from the package itself.
+    """The embedded class-conditional CIFAR-10 pipeline: 32x32 pixels, flow matching, no download.
 
     Args:
         dtype: of the network. The weights are stored in float16.
         device: where to put it; None leaves it on the CPU.
 
     Returns:
-        A pipeline ready to call: ``load_embedded()("cat", seeds=[0], guidance_scale=2.5).images[0]``.
+        A pipeline ready to call: ``load_embedded()("cat", seeds=[0], guidance_scale=2).images[0]``.
 
     Raises:
         FileNotFoundError: if the package was installed without its weights.
@@ -40,7 +40,7 @@ def load_embedded_weak(
 ) -> DiTTransformer2DModel:
     """An early checkpoint of the embedded model's own training run: the guide of autoguidance.
 
-    Same architecture and inputs as ``load_embedded().transformer``; ``dtype``, ``device`` and errors as there.
+    Same inputs and outputs as ``load_embedded().transformer``; arguments and errors as there.
     """
     model: Any = DiTTransformer2DModel.from_pretrained(
         _folder("weak"), torch_dtype=dtype, local_files_only=True
@@ -52,7 +52,7 @@ def _folder(name: str) -> Path:
     folder = WEIGHTS / name
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"the embedded weights are missing: no folder {folder}. A checkout carries them in git; reinstall "
-            "the package, or train them with scripts/train.py (docs/embedded_model.md)"
+            f"the embedded weights are missing: no folder {folder}. "
+            "A checkout carries them in git: reinstall the package, or train them with scripts/train.py (docs/embedded_model.md)"
         )
     return folder
