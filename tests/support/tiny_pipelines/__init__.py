@@ -1,0 +1,73 @@
+"""Tiny real diffusers pipelines: random weights, no downloads, a fraction of a second each.
+
+from tiny_pipelines import build
+tiny = build("sd3")
+latents = tiny.call(guidance_scale=7.0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import diffusers
+import torch
+import transformers
+
+from . import dits, flows, tokens, unets, videos
+from .common import SCALE as SCALE
+from .common import STEPS as STEPS
+from .common import Tiny as Tiny
+from .common import wake as wake
+
+diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
+
+Builder = Callable[[torch.dtype], Tiny]
+
+_REQUIRED: dict[str, Builder] = {
+    "dit": dits.dit,
+    "sd": unets.sd,
+    "sdxl": unets.sdxl,
+    "sd3": flows.sd3,
+    "flux": flows.flux,
+    "pixart": dits.pixart,
+    "sana": flows.sana,
+}
+_FURTHER: dict[str, Builder] = {
+    "aura-flow": flows.aura_flow,
+    "chroma": flows.chroma,
+    "cogview4": tokens.cogview4,
+    "hidream": flows.hidream,
+    "hunyuan-dit": dits.hunyuan_dit,
+    "ltx": videos.ltx,
+    "lumina2": tokens.lumina2,
+    "sd-controlnet": unets.sd_controlnet,
+    "sd-img2img": unets.sd_img2img,
+    "sd-inpaint": unets.sd_inpaint,
+    "sd-ip-adapter": unets.sd_ip_adapter,
+    "wan": videos.wan,
+    "wan2.2": videos.wan22,
+    "z-image": tokens.z_image,
+}
+# The pipeline does more with its predictions than linear guidance between two of them.
+_SPECIAL: dict[str, Builder] = {
+    "lumina": tokens.lumina,
+    "lumina2-normalised": tokens.lumina2_normalised,
+    "qwen": tokens.qwen,
+    "sd-pag": unets.sd_pag,
+    "sd-pix2pix": unets.sd_pix2pix,
+    "sd-rescale": unets.sd_rescale,
+    "sd3-skip-layer": flows.sd3_skip_layer,
+}
+_BUILDERS = {**_REQUIRED, **_FURTHER, **_SPECIAL}
+REQUIRED, FURTHER, SPECIAL = tuple(_REQUIRED), tuple(_FURTHER), tuple(_SPECIAL)
+FAMILIES = REQUIRED + FURTHER
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
+    """Make a fresh tiny pipeline: a name of ``FAMILIES`` or ``SPECIAL``.
+
+    The weights are drawn in float32 and cast, so they are the same in every dtype.
+    """
+    return replace(_BUILDERS[name](dtype), name=name)
