@@ -4,6 +4,7 @@ from .denoiser import GuidedDenoiser as GuidedDenoiser
 from .noise import noise_like_seeds as noise_like_seeds
 from .noise import seeded_generators as seeded_generators
 from .noise import seeded_noise as seeded_noise
+from .oracle import GaussianMixture as GaussianMixture
 from .prediction import Kind as Kind
 from .prediction import Level as Level
 from .prediction import denoised_affine as denoised_affine
@@ -17,6 +18,7 @@ from .tensors import sample_dot as sample_dot
 from .tensors import sample_norm as sample_norm
 
 __all__ = [
+    "GaussianMixture",
     "Guidance",
     "GuidedDenoiser",
     "Kind",

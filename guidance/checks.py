@@ -44,7 +44,8 @@ def check_number(
     below = number <= low if open_low else number < low
     above = number >= high if open_high else number > high
     if below or above:
-        left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
+        left = "(" if open_low else "["
+        right = "]" if (infinite or high < math.inf) and not open_high else ")"
         raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value}; {remedy}")
 
 
