@@ -13,6 +13,9 @@ from .ode import dpmpp_2m_step as dpmpp_2m_step
 from .ode import euler_step as euler_step
 from .ode import heun_step as heun_step
 from .ode import slope as slope
+from .pfgmpp import StudentChurnStep as StudentChurnStep
+from .pfgmpp import pfgmpp_prior as pfgmpp_prior
+from .pfgmpp import radius_of as radius_of
 from .stochastic import AncestralStep as AncestralStep
 from .stochastic import ChurnStep as ChurnStep
 
@@ -20,6 +23,7 @@ __all__ = [
     "AncestralStep",
     "ChurnStep",
     "SolverStep",
+    "StudentChurnStep",
     "check_sigmas",
     "dpmpp_2m_step",
     "euler_step",
@@ -31,5 +35,7 @@ __all__ = [
     "karras_sigmas",
     "linear_sigmas",
     "log_likelihood",
+    "pfgmpp_prior",
+    "radius_of",
     "slope",
 ]

@@ -1,0 +1,179 @@
+"""PFGM++ (arXiv 2302.04265): the same equation as EDM's, another prior, another way to churn.
+
+With the alignment ``r = sigma * sqrt(D)`` the field of PFGM++ integrates as
+``dx / dsigma = (x - denoised) / sigma``: every deterministic solver of ``samplers`` is valid at
+every D, and only the noise differs (``core.student``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.denoiser import Denoise
+from ..core.student import check_augment_dim, student_noise
+from ..core.tensors import per_sample, sample_dot
+from .ode import Memory, heun_step
+
+
+def radius_of(sigma: float, augment_dim: float) -> float:
+    """The transfer rule ``r = sigma * sqrt(D)``: a diffusion model's sigma as a PFGM++ radius.
+
+    Every hyper-parameter that is a sigma (the training levels, sigma_min, sigma_max, rho) is kept
+    as it is at any D; only quantities that are radii change.
+    """
+    return sigma * math.sqrt(check_augment_dim(augment_dim))
+
+
+def pfgmpp_prior(
+    generators: Sequence[torch.Generator],
+    shape: Sequence[int],
+    augment_dim: float,
+    sigma_max: float = 80.0,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Samples of the kernel at ``sigma_max``: where a PFGM++ trajectory starts.
+
+    Args:
+        generators: one a sample.
+        shape: of one sample.
+        augment_dim: the D the model was trained with.
+        sigma_max: the first sigma of the grid. The result is already multiplied by it.
+        device: where the result goes.
+        dtype: of the result.
+
+    Returns:
+        Shape (B, *shape).
+    """
+    unit = student_noise(generators, shape, augment_dim, device=device, dtype=dtype)
+    return sigma_max * unit
+
+
+def posterior_scale(x: Tensor, denoised: Tensor, sigma: Tensor, augment_dim: float) -> Tensor:
+    """Parameters of the inverse-gamma posterior of the squared noise factor, given one sample.
+
+    With noise ``sqrt(tau) * sigma * gauss`` and ``D / tau`` a chi-square, the posterior of tau
+    where the clean sample is known is InvGamma((D + N) / 2, (D + |x - denoised|^2 / sigma^2) / 2).
+
+    Returns:
+        The rate (D + |x - denoised|^2 / sigma^2) / 2, shape (B,).
+    """
+    gap = (x - denoised).flatten(1)
+    square = sample_dot(gap, gap)
+    return (augment_dim + square / sigma**2) / 2
+
+
+@dataclass(frozen=True)
+class StudentChurnStep:
+    """Raise the noise a little with noise of the right law, then take a Heun step down.
+
+    Reconstruction: the published sampler has no valid stochastic form at finite D (Student-t noise
+        is
+    not closed under addition, so Gaussian churn leaves the marginals). Here the squared factor tau
+    is drawn from its posterior given the sample and Gaussian noise of variance
+    ``tau * (sigma_hat^2 - sigma^2)`` is added, which is exact where the clean sample is determined
+    and a good approximation at small sigma. Costs one more evaluation than ``ChurnStep``.
+
+    Args:
+        generators: one a sample, advanced by every churn.
+        augment_dim: the D of the model; must be finite (use ``ChurnStep`` for Gaussian noise).
+        gamma: relative rise of sigma.
+        low: no churn at or below this sigma.
+        high: no churn above this sigma.
+    """
+
+    generators: Sequence[torch.Generator]
+    augment_dim: float
+    gamma: float = 0.1
+    low: float = 0.0
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if math.isinf(check_augment_dim(self.augment_dim)):
+            raise ValueError("augment_dim is infinite: the noise is Gaussian, use ChurnStep")
+        if not self.gamma >= 0:
+            raise ValueError(f"gamma must not be negative, got {self.gamma}")
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """The sample at ``sigma_next``; shapes as ``ode.euler_step``."""
+        if self.gamma > 0 and self.low < float(sigma) <= self.high:
+            raised = sigma * (1 + self.gamma)
+            x = student_raise(
+                x, denoise(x, sigma), sigma, raised, self.augment_dim, self.generators
+            )
+            sigma = raised
+        return heun_step(denoise, x, sigma, sigma_next)
+
+
+def student_raise(
+    x: Tensor,
+    denoised: Tensor,
+    sigma: Tensor,
+    raised: Tensor,
+    augment_dim: float,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Carry a PFGM++ sample from ``sigma`` up to ``raised``; see ``StudentChurnStep``.
+
+    Args:
+        x: the sample at ``sigma``, (B, ...).
+        denoised: its denoised prediction.
+        sigma: shape ().
+        raised: shape (), larger.
+        augment_dim: finite D.
+        generators: one a sample.
+
+    Returns:
+        Shape of ``x``.
+
+    Raises:
+        ValueError: if there is not one generator a sample.
+    """
+    if len(generators) != x.shape[0]:
+        raise ValueError(f"expected {x.shape[0]} generators, one a sample, got {len(generators)}")
+    rate = posterior_scale(x.double(), denoised.double(), sigma.double(), augment_dim)
+    shape = torch.full((1,), (augment_dim + x[0].numel()) / 2, dtype=torch.float64)
+    draws = [torch._standard_gamma(shape.to(g.device), generator=g).cpu() for g in generators]
+    tau = rate / torch.cat(draws).to(rate.device)
+    gauss = torch.stack(
+        [torch.randn(x.shape[1:], generator=g, device=g.device) for g in generators]
+    )
+    width = (tau * (raised.double() ** 2 - sigma.double() ** 2)).sqrt().to(x.dtype)
+    return x + per_sample(width, x) * gauss.to(x)
+
+
+def input_scale(x: Tensor, sigma: Tensor, sigma_data: float, augment_dim: float) -> Tensor:
+    """The factor c_in that brings a noisy sample to about unit size for the network.
+
+    For D > 2 it is EDM's ``1 / sqrt(sigma^2 + sigma_data^2)``, as the authors use it at every D. At
+    D <= 2 the noise has no variance and that factor lets inputs explode; there the realised root
+    mean square of each sample is used instead (reconstruction).
+
+    Args:
+        x: noisy samples, (B, ...).
+        sigma: shape () or (B,).
+        sigma_data: standard deviation of the clean data.
+        augment_dim: D > 0.
+
+    Returns:
+        Broadcasts over ``x``.
+    """
+    if check_augment_dim(augment_dim) > 2:
+        return per_sample((sigma**2 + sigma_data**2).rsqrt(), x)
+    flat = x.flatten(1)
+    size = (sample_dot(flat, flat) / flat.shape[1]).clamp_min(1e-3 * sigma_data**2)
+    return per_sample(size.rsqrt(), x)

@@ -1,0 +1,329 @@
+"""PFGM++: the noise against its law, the field and the solvers against exact denoisers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import special, stats
+
+from diffsteer.core import seeded_generators
+from diffsteer.core.student import (
+    check_augment_dim,
+    student_denoise,
+    student_factor,
+    student_log_weights,
+    student_noise,
+)
+from diffsteer.samplers import euler_step, heun_step, integrate, karras_sigmas
+from diffsteer.samplers.pfgmpp import (
+    StudentChurnStep,
+    input_scale,
+    pfgmpp_prior,
+    radius_of,
+    student_raise,
+)
+from diffsteer.samplers.pfgmpp_schedulers import PFGMPPEulerScheduler, PFGMPPHeunScheduler
+
+INF = math.inf
+ATOMS = torch.tensor([[1.0, 0.0], [-0.6, 0.8], [-0.4, -0.9]], dtype=torch.float64)
+
+
+def draw(n, dims, augment_dim, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return student_noise(generator, (n, dims), augment_dim)
+
+
+@pytest.mark.parametrize("dims, augment_dim", [(3072, 1), (3072, 128), (3072, 3e6), (2, 3.5)])
+def test_p1_radius_follows_the_f_distribution(dims, augment_dim):
+    noise = draw(2000, dims, augment_dim).double()
+    ratio = noise.square().sum(1).numpy() / dims
+    assert stats.kstest(ratio, stats.f(dims, augment_dim).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("augment_dim", [3.0, 64.0])
+def test_p2_projections_are_student_t(augment_dim):
+    direction = torch.nn.functional.normalize(torch.randn(50), dim=0)
+    projected = draw(5000, 50, augment_dim) @ direction
+    assert stats.kstest(projected.numpy(), stats.t(augment_dim).cdf).pvalue > 1e-3
+
+
+def test_p3_mean_square_radius():
+    dims, augment_dim, n = 100, 12.0, 40_000
+    square = draw(n, dims, augment_dim).double().square().sum(1)
+    want = dims * augment_dim / (augment_dim - 2)
+    assert abs(square.mean() - want) < 5 * square.std() / math.sqrt(n)
+
+
+def test_p4_direction_is_uniform_and_independent_of_the_radius():
+    noise = draw(20_000, 3, 4.0)
+    radius = noise.norm(dim=1)
+    direction = noise / radius[:, None]
+    assert (direction.mean(0).abs() < 4 / math.sqrt(20_000)).all()
+    ranks = radius.argsort().argsort().double()
+    assert abs(np.corrcoef(ranks.numpy(), direction[:, 0].numpy())[0, 1]) < 0.03
+
+
+def test_p5_infinite_dimension_is_gaussian_bit_for_bit():
+    want = torch.randn((4, 3, 2), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(student_noise(torch.Generator().manual_seed(1), (4, 3, 2), INF), want)
+    huge = student_noise(torch.Generator().manual_seed(1), (4, 3, 2), 1e9)
+    assert ((huge - want) / want).abs().max() < 2e-4
+    rows = student_noise(seeded_generators([3, 5]), (3, 2), INF)
+    alone = torch.randn((3, 2), generator=torch.Generator().manual_seed(5))
+    assert torch.equal(rows[1], alone)
+
+
+def test_p6_the_published_beta_route_has_the_same_law():
+    dims, augment_dim = 48, 10.0
+    rng = np.random.default_rng(0)
+    beta = rng.beta(dims / 2, augment_dim / 2, size=20_000)
+    published = np.sqrt(augment_dim) * np.sqrt(beta / (1 - beta))
+    ours = draw(20_000, dims, augment_dim).double().norm(dim=1).numpy()
+    assert stats.ks_2samp(published, ours).pvalue > 1e-3
+
+
+def test_p7_finite_set_denoiser_gaussian_limit_and_field_identity():
+    x, sigma = torch.randn(6, 2, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    gauss = (-(x[:, None] - ATOMS).square().sum(-1) / (2 * sigma**2)).softmax(1) @ ATOMS
+    torch.testing.assert_close(student_denoise(x, ATOMS, sigma, INF), gauss)
+    assert (student_denoise(x, ATOMS, sigma, 1e9) - gauss).abs().max() < 1e-6
+    augment_dim = 5.0
+    r = radius_of(float(sigma), augment_dim)
+    # The electric field of the atoms in N + D dimensions: E = sum (x - y, r) / distance^(N + D).
+    away = x[:, None] - ATOMS
+    charge = (away.square().sum(-1) + r**2) ** (-(2 + augment_dim) / 2)
+    field_x, field_r = (charge[..., None] * away).sum(1), (charge * r).sum(1)
+    slope = (x - student_denoise(x, ATOMS, sigma, augment_dim)) / sigma
+    torch.testing.assert_close(slope, math.sqrt(augment_dim) * field_x / field_r[:, None])
+
+
+@pytest.mark.parametrize("augment_dim", [1.0, 16.0, INF])
+@pytest.mark.parametrize("step", [euler_step, heun_step])
+def test_p8_one_atom_is_reached_exactly(augment_dim, step):
+    atom = torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64)
+    x = atom + 80 * draw(5, 3, augment_dim).double()
+    samples = integrate(
+        lambda at, s: student_denoise(at, atom, s, augment_dim),
+        x,
+        karras_sigmas(6),
+        step,
+        trajectory=True,
+    )
+    for sample, sigma in zip(samples, karras_sigmas(6), strict=True):
+        torch.testing.assert_close(sample - atom, (x - atom) * sigma / 80)
+
+
+@pytest.mark.parametrize("augment_dim", [2.0, 4.0, 64.0, INF])
+def test_p9_weights_of_three_atoms(augment_dim):
+    points = ATOMS[[0] * 5 + [1] * 3 + [2] * 2]
+    prior = 80 * draw(20_000, 2, augment_dim, seed=2).double()
+    out = integrate(
+        lambda at, s: student_denoise(at, points, s, augment_dim),
+        prior,
+        karras_sigmas(18),
+        heun_step,
+    )
+    near = torch.cdist(out, ATOMS).argmin(1)
+    share = near.bincount(minlength=3) / len(near)
+    torch.testing.assert_close(share, torch.tensor([0.5, 0.3, 0.2]), rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("augment_dim", [3.0, 32.0])
+def test_p10_marginals_are_transported(augment_dim):
+    def noisy(sigma, seed):
+        pick = torch.randint(0, 3, (4000,), generator=torch.Generator().manual_seed(seed))
+        return ATOMS[pick] + sigma * draw(4000, 2, augment_dim, seed + 1).double()
+
+    grid = torch.linspace(math.log(2.0), math.log(0.4), 41, dtype=torch.float64).exp()
+    carried = integrate(
+        lambda at, s: student_denoise(at, ATOMS, s, augment_dim), noisy(2.0, 10), grid, heun_step
+    )
+    fresh = noisy(0.4, 20)
+    for axis in (0, 1):
+        assert stats.ks_2samp(carried[:, axis].numpy(), fresh[:, axis].numpy()).pvalue > 1e-3
+    stale = noisy(2.0, 30)
+    assert stats.ks_2samp(stale[:, 0].numpy(), fresh[:, 0].numpy()).pvalue < 1e-9
+
+
+def test_p11_ddim_in_vp_is_euler_in_ve():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((5, 2), generator=generator, dtype=torch.float64)
+    now, then = (torch.tensor(a, dtype=torch.float64) for a in (0.3, 0.6))
+    sigma, sigma_next = ((1 - a).sqrt() / a.sqrt() for a in (now, then))
+
+    def denoise(at, s):
+        return student_denoise(at, ATOMS, s, 6.0)
+
+    ve = euler_step(denoise, x, sigma, sigma_next)
+    vp = now.sqrt() * x
+    clean = denoise(vp / now.sqrt(), sigma)
+    noise = (vp - now.sqrt() * clean) / (1 - now).sqrt()
+    ddim = then.sqrt() * clean + (1 - then).sqrt() * noise
+    torch.testing.assert_close(ddim / then.sqrt(), ve, rtol=1e-12, atol=1e-12)
+
+
+def test_p12_scale_covariance():
+    prior = [pfgmpp_prior(seeded_generators([1, 2]), (3,), 7.0, s) for s in (1.0, 5.0)]
+    torch.testing.assert_close(prior[1], 5 * prior[0])
+    x, sigma = torch.randn(4, 2).double(), torch.tensor(0.5).double()
+    torch.testing.assert_close(
+        student_log_weights(3 * x, 3 * ATOMS, 3 * sigma, 7.0),
+        student_log_weights(x, ATOMS, sigma, 7.0),
+    )
+
+
+def test_p13_one_factor_a_sample():
+    generators = seeded_generators([4, 9])
+    noise = student_noise(generators, (3, 8, 8), 2.0)
+    gauss = torch.stack([torch.randn((3, 8, 8), generator=g) for g in seeded_generators([4, 9])])
+    ratio = noise / gauss
+    torch.testing.assert_close(ratio, ratio[:, :1, :1, :1].expand_as(ratio))
+    assert abs(ratio[0, 0, 0, 0] - ratio[1, 0, 0, 0]) > 1e-3
+    alone = student_noise(seeded_generators([9]), (3, 8, 8), 2.0)
+    assert torch.equal(alone[0], noise[1])
+
+
+@pytest.mark.parametrize("augment_dim", [16.0, 128.0])
+def test_p14_churn_keeps_the_radius_law_and_gaussian_churn_does_not(augment_dim):
+    n, dims = 3000, 256
+    x = draw(n, dims, augment_dim, seed=5).double()
+    one, up = torch.tensor(1.0).double(), torch.tensor(1.414).double()
+    zero = torch.zeros_like(x)
+    raised = student_raise(x, zero, one, up, augment_dim, seeded_generators(range(n)))
+    law = stats.f(dims, augment_dim).cdf
+
+    def p_value(sample):
+        return stats.kstest((sample.square().sum(1) / (dims * up**2)).numpy(), law).pvalue
+
+    assert p_value(raised) > 1e-3
+    gauss = x + (up**2 - 1).sqrt() * torch.randn(n, dims, dtype=torch.float64)
+    assert p_value(gauss) < 1e-6
+
+
+def test_p15_spread_of_the_log_radius():
+    for augment_dim in (64.0, 2048.0):
+        radius = draw(20_000, 48, augment_dim).double().norm(dim=1)
+        want = 0.5 * math.sqrt(special.polygamma(1, 48 / 2) + special.polygamma(1, augment_dim / 2))
+        assert float(radius.log().std()) == pytest.approx(want, rel=0.03)
+
+
+def test_churn_step_runs_and_arrives():
+    atom = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    step = StudentChurnStep(seeded_generators(range(4)), augment_dim=8.0, gamma=0.2)
+    x = 5 * draw(4, 2, 8.0).double()
+    out = integrate(
+        lambda at, s: student_denoise(at, atom, s, 8.0), x, karras_sigmas(5, 0.01, 5.0), step
+    )
+    torch.testing.assert_close(out, atom.expand(4, 2))
+
+
+def test_input_scale_is_edms_above_two_and_realised_below():
+    x = 3 * torch.randn(5, 400)
+    torch.testing.assert_close(
+        input_scale(x, torch.tensor(1.2), 0.5, 128.0).flatten(), torch.tensor([1 / 1.3])
+    )
+    scaled = x * input_scale(x, torch.tensor(1.2), 0.5, 1.5)
+    torch.testing.assert_close(scaled.square().mean(1), torch.ones(5))
+
+
+def raw_output(scheduler, x, sigma, denoised):
+    data = scheduler.config.sigma_data
+    skip = data**2 / (sigma**2 + data**2)
+    return (denoised - skip * x) / (sigma * data / (sigma**2 + data**2).sqrt())
+
+
+def run(scheduler, steps, x, augment_dim):
+    scheduler.set_timesteps(steps)
+    calls = 0
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(x, t)
+        sigma = scheduler.sigmas[scheduler.step_index]
+        denoised = student_denoise(x, ATOMS.float(), sigma, augment_dim)
+        x = scheduler.step(raw_output(scheduler, x, sigma, denoised), t, x).prev_sample
+        calls += 1
+    return x, calls
+
+
+@pytest.mark.parametrize("augment_dim", [4.0, None])
+@pytest.mark.parametrize("name, step", [("euler", euler_step), ("heun", heun_step)])
+def test_schedulers_take_the_steps_of_the_samplers(augment_dim, name, step):
+    cls = {"euler": PFGMPPEulerScheduler, "heun": PFGMPPHeunScheduler}[name]
+    scheduler = cls(augment_dim=augment_dim)
+    x = scheduler.init_noise_sigma * scheduler.prior_latents(seeded_generators(range(8)), (2,))
+    out, calls = run(scheduler, 18, x, scheduler.augment_dim)
+    assert calls == (35 if name == "heun" else 18)
+    want = integrate(
+        lambda at, s: student_denoise(at, ATOMS.float(), s, scheduler.augment_dim),
+        x,
+        karras_sigmas(18),
+        step,
+    )
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+    again, _ = run(scheduler, 18, x, scheduler.augment_dim)
+    assert torch.equal(out, again)
+
+
+def test_gaussian_limit_is_diffusers_edm_euler():
+    from diffusers import EDMEulerScheduler
+
+    x = 80 * torch.randn(6, 2)
+    ours, _ = run(PFGMPPEulerScheduler(), 12, x, INF)
+    theirs, _ = run(EDMEulerScheduler(), 12, x, INF)
+    assert torch.equal(ours, theirs)
+
+
+def test_add_noise_has_the_law_and_takes_noise_that_has_it_already():
+    scheduler = PFGMPPEulerScheduler(augment_dim=3.0)
+    scheduler.set_timesteps(10)
+    clean = torch.zeros(3000, 64)
+    t = scheduler.timesteps[3].expand(3000)
+    generator = torch.Generator().manual_seed(0)
+    noisy = scheduler.add_noise(clean, torch.randn_like(clean), t, generator=generator)
+    ratio = (noisy.double() / scheduler.sigmas[3]).square().mean(1).numpy()
+    assert stats.kstest(ratio, stats.f(64, 3.0).cdf).pvalue > 1e-3
+    noise = draw(3000, 64, 3.0)
+    kept = scheduler.add_noise(clean, noise, t, student=True)
+    torch.testing.assert_close(kept, scheduler.sigmas[3] * noise)
+
+
+def test_schedulers_are_saved_with_their_dimension(tmp_path):
+    PFGMPPHeunScheduler(augment_dim=128.0, sigma_max=40.0).save_pretrained(tmp_path)
+    assert '"augment_dim": 128.0' in (tmp_path / "scheduler_config.json").read_text()
+    loaded = PFGMPPHeunScheduler.from_pretrained(tmp_path)
+    assert loaded.augment_dim == 128.0 and loaded.init_noise_sigma == 40.0
+
+
+def test_churn_is_refused_at_finite_dimension():
+    scheduler = PFGMPPEulerScheduler(augment_dim=128.0)
+    scheduler.set_timesteps(4)
+    x = torch.randn(1, 2)
+    t = scheduler.timesteps[0]
+    scheduler.scale_model_input(x, t)
+    with pytest.raises(ValueError, match=r"s_churn=1.0.*Student-t"):
+        scheduler.step(x, t, x, s_churn=1.0)
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: check_augment_dim(0), ValueError, "augment_dim"),
+        (lambda: check_augment_dim(-3.0), ValueError, "augment_dim"),
+        (lambda: check_augment_dim(math.nan), ValueError, "augment_dim"),
+        (lambda: check_augment_dim("128"), TypeError, "augment_dim"),
+        (lambda: student_factor(2, 0.0), ValueError, "augment_dim"),
+        (lambda: student_noise(None, (3, 0), 4.0), ValueError, "empty"),
+        (lambda: PFGMPPEulerScheduler(augment_dim=INF), ValueError, "None"),
+        (lambda: StudentChurnStep([], augment_dim=INF), ValueError, "ChurnStep"),
+        (
+            lambda: student_noise(seeded_generators(range(200)), (2,), 0.2, dtype=torch.float16),
+            ValueError,
+            "float16",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
