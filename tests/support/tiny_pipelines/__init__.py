@@ -14,7 +14,7 @@ import diffusers
 import torch
 import transformers
 
-from . import dits, flows, tokens, unets, videos
+from . import dits, flows, modular, tokens, unets, videos
 from .common import SCALE as SCALE
 from .common import STEPS as STEPS
 from .common import Tiny as Tiny
@@ -60,13 +60,25 @@ _SPECIAL: dict[str, Builder] = {
     "sd-rescale": unets.sd_rescale,
     "sd3-skip-layer": flows.sd3_skip_layer,
 }
-_BUILDERS = {**_REQUIRED, **_FURTHER, **_SPECIAL}
-REQUIRED, FURTHER, SPECIAL = tuple(_REQUIRED), tuple(_FURTHER), tuple(_SPECIAL)
+# Guidance is a component of the pipeline: no guidance_scale in the call.
+_WITH_GUIDER: dict[str, Builder] = {
+    "hunyuan-image": modular.hunyuan_image,
+    "modular-qwen": modular.qwen,
+    "modular-sd3": modular.sd3,
+    "modular-sdxl": modular.sdxl,
+    "modular-wan": modular.wan,
+    "modular-wan-euler": modular.wan_euler,
+    "modular-wan2.2": modular.wan22,
+    "modular-z-image": modular.z_image,
+}
+_BUILDERS = {**_REQUIRED, **_FURTHER, **_SPECIAL, **_WITH_GUIDER}
+REQUIRED, FURTHER = tuple(_REQUIRED), tuple(_FURTHER)
+SPECIAL, WITH_GUIDER = tuple(_SPECIAL), tuple(_WITH_GUIDER)
 FAMILIES = REQUIRED + FURTHER
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
-    """Make a fresh tiny pipeline: a name of ``FAMILIES`` or ``SPECIAL``.
+    """Make a fresh tiny pipeline: a name of ``FAMILIES``, ``SPECIAL`` or ``WITH_GUIDER``.
 
     The weights are drawn in float32 and cast, so they are the same in every dtype.
     """

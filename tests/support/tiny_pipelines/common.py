@@ -33,6 +33,7 @@ class Tiny:
         denoisers: the names of the components that predict.
         latents: reads the final latents, (2, ...), out of the pipeline's output.
         name: the name it was built by.
+        run: what ``call`` calls; the pipeline itself if None.
     """
 
     pipe: Any
@@ -41,12 +42,14 @@ class Tiny:
     denoisers: tuple[str, ...] = ("transformer",)
     latents: Callable[[Any], Tensor] = first
     name: str = ""
+    run: Callable[..., Any] | None = None
 
     def call(self, **overrides: Any) -> Tensor:
         """Run a few steps under classifier-free guidance; the final latents, a copy."""
         arguments = {"num_inference_steps": STEPS, self.guidance_argument: SCALE}
         with torch.no_grad():
-            return self.latents(self.pipe(**(arguments | self.inputs() | overrides))).clone()
+            output = (self.run or self.pipe)(**(arguments | self.inputs() | overrides))
+        return self.latents(output).clone()
 
 
 def generator(seed: int = 0) -> torch.Generator:
