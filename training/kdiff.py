@@ -155,8 +155,9 @@ class KDiffObjective:
         if isinstance(self.k, LearnedK):
             if self.loss == "target":
                 raise ValueError(
-                    "a learned k under loss='target' makes the target easy, not the prediction good "
-                    "(its optimum is k = 1/2 for any data); use loss='velocity' or fix k"
+                    "a learned k under loss='target' makes the target easy, not the prediction "
+                    "good: its optimum is k = 1/2 for any data. Use loss='velocity' or fix k"
+                )
         elif not 0 <= self.k <= 1:
             raise ValueError(f"k must be in [0, 1], got {self.k}")
 
