@@ -3,3 +3,8 @@
 from .class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
 from .embedded import load_embedded as load_embedded
 from .embedded import load_embedded_weak as load_embedded_weak
+from .levels import Reading as Reading
+from .levels import noise_level as noise_level
+from .steer import Steering as Steering
+from .steer import steer as steer
+from .trajectory import StepRecord as StepRecord

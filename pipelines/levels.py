@@ -1,0 +1,194 @@
+"""Scheduler algebra: what a diffusers scheduler is about to be given, and at which noise level.
+
+``noise_level(scheduler, timestep)`` answers for the evaluation that the next ``scheduler.step``
+consumes. Schedulers say it in five ways:
+
+    family                      recognised by                       sample
+    prediction EDM                         ``precondition_outputs``            clean + s * noise
+       raw EDM output DPM++, UniPC, DEIS, SA      ``_sigma_to_alpha_sigma_t``         VP or flow,
+       from sigma   any
+    DDPM, DDIM, PNDM, LCM, TCD  ``alphas_cumprod``, no ``sigmas``   VP                       any
+    Euler, Heun, LMS, KDPM2     ``alphas_cumprod`` and ``sigmas``   clean + s * noise        any
+    flow matching               class name ``FlowMatch...``         (1 - s) * clean + s * noise
+    velocity
+
+A scheduler of your own joins by a method ``noise_level(timestep) -> (Kind, Level)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.prediction import Kind, Level
+
+KINDS = {
+    "epsilon": Kind.NOISE,
+    "sample": Kind.DENOISED,
+    "original_sample": Kind.DENOISED,
+    "v_prediction": Kind.V,
+    "flow_prediction": Kind.VELOCITY,
+}
+_FLOW = ("FlowMatchEuler", "FlowMatchHeun", "FlowMatchLCM", "LTXEulerAncestralRF")
+_VP_WITH_SIGMAS = ("LCMScheduler", "TCDScheduler")
+_REFUSED = ("DDIMInverse", "DPMSolverMultistepInverse", "ConsistencyModel", "CMStochastic", "SCM")
+
+
+class Reading(NamedTuple):
+    """What ``scheduler.step`` takes: ``sign * prediction`` is of ``kind`` at ``level``."""
+
+    kind: Kind
+    level: Level
+    sign: int = 1
+
+
+def noise_level(scheduler: Any, timestep: Tensor | float) -> Reading:
+    """The kind and level of the prediction that the next ``scheduler.step`` takes.
+
+    Args:
+        scheduler: a diffusers scheduler after ``set_timesteps``.
+        timestep: the timestep about to be passed to ``step``.
+
+    Returns:
+        A ``Reading``: kind, level (() float32 tensors on the CPU) and sign (-1 for EDM schedulers
+        that expect a v-prediction, whose output scale is negative).
+
+    Raises:
+        NotImplementedError: if the scheduler, or its ``prediction_type``, is none of the known
+            ones.
+    """
+    return LevelReader(scheduler).read(timestep)
+
+
+class LevelReader:
+    """``noise_level`` for one scheduler, which keeps its tables on the CPU.
+
+    Schedulers hold their sigmas on the accelerator or on the CPU as they please. The tables are
+    copied once a trajectory, so that reading a level during sampling never waits for the device.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self._copies: dict[str, tuple[Any, Tensor]] = {}
+
+    def table(self, name: str) -> Tensor:
+        """A tensor of the scheduler as float32 on the CPU; copied anew when it was replaced."""
+        source = getattr(self.scheduler, name)
+        kept = self._copies.get(name)
+        if kept is None or kept[0] is not source:
+            copy = torch.as_tensor(source).detach().to(device="cpu", dtype=torch.float32)
+            kept = self._copies[name] = (source, copy)
+        return kept[1]
+
+    def read(self, timestep: Tensor | float) -> Reading:
+        """See ``noise_level``."""
+        s = self.scheduler
+        name = type(s).__name__
+        if callable(getattr(s, "noise_level", None)):
+            return Reading(*s.noise_level(timestep))
+        if any(part in name for part in _REFUSED):
+            raise NotImplementedError(_unknown(s))
+        if hasattr(s, "_init_step_index") and s.step_index is None:
+            s._init_step_index(timestep)  # what step() would do first
+        if hasattr(s, "precondition_outputs"):
+            kind = Kind.edm(s.config.sigma_data)
+            sign = -1 if s.config.prediction_type == "v_prediction" else 1
+            return Reading(kind, Level.ve(self._sigma()), sign)
+        if hasattr(s, "_sigma_to_alpha_sigma_t"):
+            return self._solver()
+        if hasattr(s, "_alpha_cumprod"):  # Wuerstchen: continuous, one time for the batch
+            return Reading(self._kind(), Level.vp(s._alpha_cumprod(_flat(timestep), "cpu")[0]))
+        if hasattr(s, "alphas_cumprod"):
+            if getattr(s, "sigmas", None) is None or name in _VP_WITH_SIGMAS:
+                level = Level.vp(self.table("alphas_cumprod")[int(timestep)])
+                return Reading(self._kind(), level)
+            kind = self._kind()
+            return Reading(Kind.V_VE if kind == Kind.V else kind, Level.ve(self._sigma()))
+        if "IPNDM" in name:  # ets = beta * x + alpha * output: a v-prediction
+            index = s.step_index
+            return Reading(Kind.V, Level(self.table("alphas")[index], self.table("betas")[index]))
+        if any(part in name for part in _FLOW):
+            return self._flow()
+        raise NotImplementedError(_unknown(s))
+
+    def _kind(self) -> Kind:
+        name = self.scheduler.config.get("prediction_type") or "epsilon"
+        if name not in KINDS:
+            raise NotImplementedError(
+                f"{type(self.scheduler).__name__} has prediction_type={name!r}; steer knows "
+                f"{', '.join(KINDS)}"
+            )
+        return KINDS[name]
+
+    def _sigma(self) -> Tensor:
+        s, index = self.scheduler, self.scheduler.step_index
+        if not getattr(s, "state_in_first_order", True):
+            # Second stages that are evaluated between two entries of ``sigmas``.
+            if hasattr(s, "sigmas_interpol"):
+                ancestral = "Ancestral" in type(s).__name__
+                return self.table("sigmas_interpol")[index - 1 if ancestral else index]
+            if getattr(s, "mid_point_sigma", None) is not None:
+                return torch.as_tensor(s.mid_point_sigma, dtype=torch.float32, device="cpu")
+        return self.table("sigmas")[index]
+
+    def _solver(self) -> Reading:
+        s, kind = self.scheduler, self._kind()
+        flow = bool(s.config.get("use_flow_sigmas", False))
+        if flow != (kind == Kind.VELOCITY) and kind in (Kind.VELOCITY, Kind.V):
+            raise NotImplementedError(
+                f"{type(s).__name__} has prediction_type={s.config.prediction_type!r} with "
+                f"use_flow_sigmas={flow}, which describes no consistent noise level; "
+                "flow_prediction and use_flow_sigmas=True belong together"
+            )
+        alpha, sigma = s._sigma_to_alpha_sigma_t(self._sigma())
+        return Reading(kind, Level.flow(sigma) if flow else Level(alpha, sigma))
+
+    def _flow(self) -> Reading:
+        sigma = self._sigma()
+        if self.scheduler.config.get("invert_sigmas", False):  # Mochi: sigma grows towards the data
+            return Reading(Kind.VELOCITY_TO_DATA, Level(sigma, 1 - sigma))
+        return Reading(Kind.VELOCITY, Level.flow(sigma))
+
+
+def _flat(timestep: Tensor | float) -> Tensor:
+    return torch.as_tensor(timestep).detach().to("cpu", torch.float32).reshape(-1)[:1]
+
+
+def _unknown(scheduler: Any) -> str:
+    return (
+        f"steer does not know the noise levels of {type(scheduler).__name__}. Use a DDPM/DDIM, "
+        "DPM-Solver, UniPC, Euler, Heun, LCM, EDM or FlowMatch scheduler, or give yours a "
+        "method noise_level(timestep) that returns (Kind, Level)"
+    )
+
+
+def solver_stage(scheduler: Any) -> int:
+    """0 if the next evaluation opens a solver step, 1, 2, 3 for its later stages (Heun, PNDM)."""
+    if hasattr(scheduler, "prk_timesteps"):  # PNDM: three Runge-Kutta steps of four, or one of two
+        counter = scheduler.counter
+        if not scheduler.config.skip_prk_steps and counter < len(scheduler.prk_timesteps):
+            return int(counter % 4)
+        return int(scheduler.config.skip_prk_steps and counter == 1)
+    return 0 if getattr(scheduler, "state_in_first_order", True) else 1
+
+
+def solver_steps(reader: LevelReader, timestep: Tensor | float) -> int:
+    """How many solver steps are left, counted before the first ``step`` of a trajectory.
+
+    Image-to-image starts in the middle of ``timesteps``, and solvers with two stages list most of
+    them twice; both are taken into account.
+    """
+    s = reader.scheduler
+    if getattr(s, "timesteps", None) is None:
+        return 1
+    times = reader.table("timesteps")
+    start = getattr(s, "step_index", None)
+    if start is None:
+        here = (times == _flat(timestep)).nonzero()
+        start = int(here[0]) if len(here) else 0
+    left = len(times) - start
+    if hasattr(s, "prk_timesteps"):
+        return max(1, left - 1 if s.config.skip_prk_steps else left - len(s.prk_timesteps) * 3 // 4)
+    return max(1, (left + 1) // 2 if hasattr(s, "state_in_first_order") else left)
