@@ -1,10 +1,11 @@
-"""What every test runs under: one seed, offline, no GPU unless asked for."""
+"""What every test runs under: one seed, offline, warnings as errors, no GPU unless there is one."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
@@ -17,6 +18,7 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where CUDA is missing."""
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs CUDA")
