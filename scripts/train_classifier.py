@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from diffsteer import __version__
+from diffsteer.eval.classifiers import CifarClassifier
 from diffsteer.training.classifier import ClassifierTraining, train_classifier
 from diffsteer.training.data import load_images
 
@@ -23,6 +24,7 @@ def parse() -> argparse.Namespace:
     add("--train-split", default="train", help="split to train on")
     add("--test-split", default="test", help="split to report the accuracy of")
     add("--out", type=Path, required=True, help="folder for the result; an unfinished run goes on")
+    add("--init", type=Path, help="folder of an earlier result to start from")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     for item in fields(ClassifierTraining):
         name = "--" + item.name.replace("_", "-")
@@ -41,8 +43,9 @@ def main() -> None:
         train = load_images(args.data, split=args.train_split)
         test = load_images(args.data, split=args.test_split)
         versions = {"diffsteer": __version__, "python": platform.python_version()}
+        init = CifarClassifier.from_pretrained(args.init) if args.init else None
         result = train_classifier(
-            train, test, config, args.out, device=args.device, versions=versions
+            train, test, config, args.out, init=init, device=args.device, versions=versions
         )
     except (ValueError, OSError) as error:
         raise SystemExit(f"train_classifier: {error}") from error

@@ -130,14 +130,16 @@ def train_classifier(
     config: ClassifierTraining,
     out: Path,
     *,
+    init: CifarClassifier | None = None,
     device: str | torch.device = "cpu",
     versions: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Train, save to ``out``, and return what is written to ``out/train.json``.
 
-    After every epoch a checkpoint is kept in ``out/checkpoints``, from which another call with
-    the same ``config`` goes on and ends at the same weights. The numbers in the result are those
-    of the float16 weights read back from ``out``.
+    The run starts from the weights of ``init`` where it is given (of the family and sizes that
+    ``config`` says). After every epoch a checkpoint is kept in ``out/checkpoints``, from which
+    another call with the same ``config`` goes on and ends at the same weights. The numbers in the
+    result are those of the float16 weights read back from ``out``.
 
     Raises:
         FileExistsError: ``out`` holds a finished run.
@@ -148,6 +150,8 @@ def train_classifier(
     if test.names != train.names:
         raise ValueError(f"the classes differ: {train.names} in training, {test.names} in test")
     network = build_classifier(config, train.names, train.pixels).to(device)
+    if init is not None:
+        _start_from(network, init)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(network, config)
     log = _resume(out, config, network, optimizer)
@@ -160,7 +164,18 @@ def train_classifier(
         accuracy = classification_report(logits, test.labels)["accuracy"]
         log.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds})
         _checkpoint(out, config, network, optimizer, log)
-    return _finish(out, config, network, test, log, versions or {})
+    start_id = None if init is None else init.id
+    origin = {"init": start_id, "versions": {"torch": torch.__version__, **(versions or {})}}
+    return _finish(out, config, network, test, log, origin)
+
+
+def _start_from(network: CifarClassifier, init: CifarClassifier) -> None:
+    if (type(init), init.config) != (type(network), network.config):
+        raise ValueError(
+            f"the weights to start from are of a {type(init).__name__} with {init.config}, "
+            f"the options say {type(network).__name__} with {network.config}"
+        )
+    network.load_state_dict(init.state_dict())
 
 
 def _autocast(config: ClassifierTraining, device: str | torch.device) -> torch.autocast:
@@ -216,7 +231,7 @@ def _finish(
     network: CifarClassifier,
     test: LabelledImages,
     log: list[dict[str, Any]],
-    versions: dict[str, str],
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
     network.save_pretrained(out)
     stored = CifarClassifier.from_pretrained(out)
@@ -226,7 +241,7 @@ def _finish(
         "test": classification_report(predict(stored, test.pixels), test.labels),
         "seconds": sum(line["seconds"] for line in log),
         "config": asdict(config),
-        "versions": {"torch": torch.__version__, **versions},
+        **origin,
         "log": log,
     }
     write_json(out / RESULT_FILE, result)

@@ -1,4 +1,4 @@
-"""The classifier training: augmentation, schedule, whitening, exact resumption, and that it learns."""
+"""The classifier training: augmentation, schedule, whitening, resumption, and that it learns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from diffsteer.eval.classifiers import CifarClassifier, CifarPlainNet, CifarResNet
 from diffsteer.training import classifier as training
 from diffsteer.training.classifier import (
@@ -24,7 +26,6 @@ from diffsteer.training.classifier_recipe import (
     whitening_filters,
 )
 from diffsteer.training.data import LabelledImages
-from torch import Tensor
 
 SMALL = ClassifierTraining(
     width=4, epochs=4, batch_size=24, lr=0.1, small_size=16, precision="fp32", translate=1
@@ -32,7 +33,7 @@ SMALL = ClassifierTraining(
 
 
 def striped(count: int = 96, side: int = 20) -> LabelledImages:
-    """Noisy images of three classes: stripes across, stripes down, none; the same under a mirror."""
+    """Noisy images: stripes across, stripes down, none; no mirror image is of another class."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(count) % 3
     wave = ((torch.arange(side) // 2) % 2 * 120.0).expand(side, side)
@@ -170,6 +171,18 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     parts = train_classifier(data, data, SMALL, tmp_path / "parts")
     assert parts["id"] == whole["id"]
     assert [line["loss"] for line in parts["log"]] == [line["loss"] for line in whole["log"]]
+
+
+def test_a_run_may_start_from_another_and_says_so(tmp_path):
+    data, still = striped(), replace(SMALL, epochs=1, lr=1e-30)
+    first = train_classifier(data, data, SMALL, tmp_path / "first")
+    start = CifarClassifier.from_pretrained(tmp_path / "first")
+    second = train_classifier(data, data, still, tmp_path / "second", init=start)
+    assert second["init"] == first["id"] and first["init"] is None
+    reached = CifarClassifier.from_pretrained(tmp_path / "second")
+    assert torch.equal(reached.head.weight, start.head.weight)
+    with pytest.raises(ValueError, match="weights to start from are of a CifarResNet"):
+        train_classifier(data, data, replace(SMALL, width=5), tmp_path / "third", init=start)
 
 
 def test_a_run_does_not_go_on_with_other_options(tmp_path, monkeypatch):
