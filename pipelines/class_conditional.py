@@ -43,6 +43,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             channels than it gets, or a name in ``id2label`` occurs twice or belongs to no class.
     """
 
+    latent_std = 0.5  # of photographs in [-1, 1], for rules that measure in units of the data
     model_cpu_offload_seq = "transformer"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 (spelled as in diffusers)
 
@@ -71,6 +72,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return PREDICTIONS[self.config.prediction]
 
     @property
+    def label2id(self) -> dict[str, int]:
+        """Class index of each class name."""
+        return {name: index for index, name in self.id2label.items()}
+
+    @property
     def guidance_scale(self) -> float:
         """The scale of the running call, for callbacks."""
         return self._guidance_scale
@@ -97,7 +103,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ValueError: if an index is out of range or a name is unknown.
             TypeError: if a label is neither an integer nor a string.
         """
-        return label_ids(class_labels, self.num_classes, self.id2label)
+        return label_ids(class_labels, self.num_classes, self.label2id)
 
     def velocity(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The velocity that the network's raw output implies: what the scheduler takes.

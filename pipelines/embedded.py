@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -28,7 +28,7 @@ def load_embedded(
     Raises:
         FileNotFoundError: if the package was installed without its weights.
     """
-    folder = _folder("model")
+    folder = weights_folder("model")
     pipe = ClassConditionalPipeline.from_pretrained(
         folder, torch_dtype=dtype, local_files_only=True
     )
@@ -43,16 +43,22 @@ def load_embedded_weak(
     Same inputs and outputs as ``load_embedded().transformer``; arguments and errors as there.
     """
     model: Any = DiTTransformer2DModel.from_pretrained(
-        _folder("weak"), torch_dtype=dtype, local_files_only=True
+        weights_folder("weak"), torch_dtype=dtype, local_files_only=True
     )
     return model if device is None else model.to(device)
 
 
-def _folder(name: str) -> Path:
+def weights_folder(name: Literal["model", "weak"]) -> Path:
+    """The folder of the embedded weights.
+
+    Raises:
+        FileNotFoundError: if the package was installed without them.
+    """
     folder = WEIGHTS / name
     if not folder.is_dir():
         raise FileNotFoundError(
             f"the embedded weights are missing: no folder {folder}. "
-            "A checkout carries them in git: reinstall the package, or train them with scripts/train.py (docs/embedded_model.md)"
+            "A checkout carries them in git: reinstall the package, or train them with "
+            "scripts/train.py (docs/embedded_model.md)"
         )
     return folder

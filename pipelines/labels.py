@@ -11,13 +11,13 @@ import torch
 from ..core.noise import seeded_generators
 
 
-def label_ids(labels: Any, num_classes: int, names: Mapping[int, str]) -> list[int]:
+def label_ids(labels: Any, num_classes: int, ids: Mapping[str, int]) -> list[int]:
     """Class indices of ``labels``: an index, a class name, or any sequence or tensor of these.
 
     Args:
         labels: what the user gave.
         num_classes: indices run from 0 to ``num_classes - 1``.
-        names: name of each class; may be empty.
+        ids: index of each class name; may be empty.
 
     Raises:
         ValueError: if an index is out of range or a name is unknown.
@@ -27,7 +27,6 @@ def label_ids(labels: Any, num_classes: int, names: Mapping[int, str]) -> list[i
         labels = labels.tolist()
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         labels = [labels]
-    ids = {name: index for index, name in names.items()}
     return [_label_id(label, num_classes, ids) for label in labels]
 
 

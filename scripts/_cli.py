@@ -1,0 +1,206 @@
+"""What the scripts share: guidance options from the rules' own dataclasses, lists, user errors."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from types import NoneType
+from typing import Any
+
+import torch
+
+from diffsteer.core import Guidance
+from diffsteer.guidance import GuidanceInterval, ScaleSchedule, parse_scale, rules
+
+Reader = Callable[[str], Any]
+
+
+def rule_choices() -> dict[str, type]:
+    """The guidance methods that plain numbers and words can build, by the name of their file."""
+    ready = {name: rule for name, rule in rules().items() if _buildable(rule)}
+    short = {name: rule.__module__.rpartition(".")[2] for name, rule in ready.items()}
+    alone = [name for name in ready if list(short.values()).count(short[name]) == 1]
+    return {(short[name] if name in alone else name): rule for name, rule in ready.items()}
+
+
+def add_rule_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--guidance``, the intervals, and one option for each argument of any method."""
+    choices = rule_choices()
+    group = parser.add_argument_group("guidance")
+    group.add_argument(
+        "--guidance", default="none", choices=["none", *choices], help="the method (default: none)"
+    )
+    ends = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
+    group.add_argument("--interval", **ends, help="guide where LOW < sigma/alpha <= HIGH only")
+    group.add_argument("--flow-interval", **ends, help="the same in flow sigmas, in [0, 1]")
+    for name, owners in _options(choices).items():
+        rule = choices[owners[0]]
+        text = f"{_argument_help(rule, name)} [{', '.join(_default(choices, owners, name))}]"
+        group.add_argument(_flag(name), dest=f"rule_{name}", metavar="VALUE", help=text)
+
+
+def build_rule(args: argparse.Namespace, **defaults: Any) -> Guidance | None:
+    """The guidance method that the command line asks for, or None.
+
+    Args:
+        args: what a parser with ``add_rule_options`` gave.
+        **defaults: values that take the place of the method's own defaults, where it has them.
+
+    Raises:
+        ValueError: if an option does not belong to the method or its value is no good.
+    """
+    given = {
+        name.removeprefix("rule_"): text
+        for name, text in vars(args).items()
+        if name.startswith("rule_") and text is not None
+    }
+    intervals = [name for name in ("interval", "flow_interval") if getattr(args, name) is not None]
+    if args.guidance == "none":
+        stray = [*map(_flag, given), *map(_flag, intervals)]
+        if stray:
+            raise ValueError(f"{stray[0]} has no meaning without --guidance; choose a method")
+        return None
+    cls = rule_choices()[args.guidance]
+    readers = _readers(cls)
+    stray = [name for name in given if name not in readers]
+    if stray:
+        raise ValueError(
+            f"{_flag(stray[0])} is no option of --guidance {args.guidance}, whose options are "
+            + ", ".join(map(_flag, readers))
+        )
+    chosen = {name: value for name, value in defaults.items() if name in readers}
+    rule = cls(**{**chosen, **{n: _read(n, text, readers[n]) for n, text in given.items()}})
+    if len(intervals) == 2:
+        raise ValueError("--interval and --flow-interval say the same in two units; give one")
+    if args.interval is not None:
+        return GuidanceInterval(rule, *args.interval)
+    if args.flow_interval is not None:
+        return GuidanceInterval.flow(rule, *args.flow_interval)
+    return rule
+
+
+def integers(text: str, *, count: int | None = None) -> list[int]:
+    """Integers from numbers and ranges, both ends included: ``0-9,20``, or ``100-`` and a count.
+
+    Raises:
+        ValueError: if the text is something else, or an open range has no count.
+    """
+    values: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(-(\d*))?", part)
+        if not match:
+            raise ValueError(f"expected numbers and ranges such as 0-9,20, got {text!r}")
+        first, ranged, last = int(match[1]), match[2], match[3]
+        if ranged and not last:
+            if count is None:
+                raise ValueError(f"the open range {part!r} needs to know how many: add --num")
+            values += range(first, first + max(count - len(values), 0))
+        else:
+            if ranged and int(last) < first:
+                raise ValueError(f"the range {part!r} ends before it begins")
+            values += range(first, int(last) + 1) if ranged else [first]
+    return values
+
+
+def default_device() -> str:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def dtype_for(name: str, device: torch.device | str) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 on an accelerator and float32 on the CPU."""
+    if name == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Run a script; the user's errors are one line on standard error and exit code 2.
+
+    With ``--traceback`` among the arguments, errors are raised as they are.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, NotImplementedError, torch.OutOfMemoryError) as error:
+        if "--traceback" in arguments:
+            raise
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError):
+            text = f"out of memory; lower --batch-size ({text})"
+        print(f"error: {' '.join(str(text).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _buildable(rule: type) -> bool:
+    readers = _readers(rule)
+    needed = (f.name for f in fields(rule) if f.default is MISSING and f.default_factory is MISSING)
+    return bool(readers) and all(name in readers for name in needed)
+
+
+def _readers(rule: type) -> dict[str, Reader]:
+    """How to read each argument that can be written on a command line."""
+    hints = typing.get_type_hints(rule)
+    readers = {item.name: _reader(hints[item.name]) for item in fields(rule)}
+    return {name: reader for name, reader in readers.items() if reader is not None}
+
+
+def _reader(hint: Any) -> Reader | None:
+    if hint is bool:
+        return {"true": True, "false": False}.__getitem__
+    if hint in (int, float, str):
+        return hint
+    if typing.get_origin(hint) is typing.Literal:
+        return {str(choice): choice for choice in typing.get_args(hint)}.__getitem__
+    options = [option for option in typing.get_args(hint) if option is not NoneType]
+    if ScaleSchedule in options:
+        return parse_scale
+    inner = _reader(options[0]) if len(options) == 1 else None
+    if inner is None:
+        return None
+    return lambda text: None if text == "none" else inner(text)
+
+
+def _read(name: str, text: str, reader: Reader) -> Any:
+    try:
+        return reader(text)
+    except KeyError:
+        known = ", ".join(getattr(reader, "__self__", {}))
+        raise ValueError(f"{_flag(name)} must be one of {known}, got {text!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{_flag(name)}: cannot read {text!r}: {error}") from None
+
+
+def _options(choices: dict[str, type]) -> dict[str, list[str]]:
+    """Each option and the methods that have it."""
+    owners: dict[str, list[str]] = {}
+    for method, rule in choices.items():
+        for name in _readers(rule):
+            owners.setdefault(name, []).append(method)
+    return owners
+
+
+def _default(choices: dict[str, type], owners: list[str], name: str) -> list[str]:
+    values = {m: {f.name: f.default for f in fields(choices[m])}[name] for m in owners}
+    return [f"{m}: {'required' if v is MISSING else v}" for m, v in values.items()]
+
+
+def _argument_help(rule: type, name: str) -> str:
+    """What the method's docstring says about an argument."""
+    text = re.search(rf"^ +{name}: (.+?)(?=^ +\w+: |^\s*$)", rule.__doc__ or "", re.M | re.S)
+    return " ".join(text[1].replace("``", "").replace("%", "%%").split()) if text else name
