@@ -3,13 +3,23 @@
 from .class_conditional import ClassConditionalPipeline as ClassConditionalPipeline
 from .embedded import load_embedded as load_embedded
 from .embedded import load_embedded_weak as load_embedded_weak
+from .generation import class_table as class_table
+from .generation import generate_images as generate_images
+from .generation import plan_images as plan_images
+from .generation import takes_classes as takes_classes
+from .grid import image_grid as image_grid
 from .guiders import AdaptiveProjectedGuider as AdaptiveProjectedGuider
 from .guiders import BaseGuidance as BaseGuidance  # diffusers looks for it beside our guiders
 from .guiders import ClassifierFreeGuider as ClassifierFreeGuider
 from .guiders import RuleGuider as RuleGuider
 from .guiders import attach as attach
+from .image_folder import FolderError as FolderError
+from .image_folder import ImageFolder as ImageFolder
+from .image_folder import ImageRequest as ImageRequest
 from .levels import Reading as Reading
 from .levels import noise_level as noise_level
+from .loading import load_pipeline as load_pipeline
+from .loading import model_digest as model_digest
 from .steer import Steering as Steering
 from .steer import steer as steer
 from .trajectory import StepRecord as StepRecord

@@ -15,8 +15,13 @@ from typing import Any
 import _cli
 from accelerate import PartialState
 
-from diffsteer.pipelines.generation import generate_images, plan_images, takes_classes
-from diffsteer.pipelines.loading import load_pipeline, model_digest
+from diffsteer.pipelines import (
+    generate_images,
+    load_pipeline,
+    model_digest,
+    plan_images,
+    takes_classes,
+)
 
 
 def parser() -> argparse.ArgumentParser:
