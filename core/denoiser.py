@@ -52,41 +52,42 @@ class GuidedDenoiser:
         self.count = self.count if count is None else count
         self.memory: dict[Any, Any] = {}
         self.index, self.stage, self.evaluations = -1, 0, 0
+        self.next_sigma: Tensor | None = None
         self.last: Step | None = None
 
-    def begin_step(self, index: int | None = None) -> None:
-        """Say that the next call is the first evaluation of a new solver step."""
+    def begin_step(self, index: int | None = None, next_sigma: Tensor | None = None) -> None:
+        """Say that the next call is the first evaluation of a new solver step.
+
+        Args:
+            index: the number of the step; the last one plus 1 if not given.
+            next_sigma: where the step will lead, for rules that ask (``Step.next_level``).
+        """
         self.index = self.index + 1 if index is None else index
+        self.next_sigma = next_sigma
         self.stage = -1
+
+    @property
+    def moved(self) -> Tensor | None:
+        """The sample that the rule put in the place of the solver's at the last call, or None."""
+        return None if self.last is None else self.last.moved
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The guided denoised sample, shape of ``x``; ``sigma`` has shape () or (B,)."""
         if self.index < 0:
             self.begin_step()
         self.stage += 1
-        predictions: dict[str, Denoise | None] = {"cond": self.cond, "uncond": self.uncond}
-
-        def evaluate(at: Tensor | None, branch: Branch = "cond", **overrides: Any) -> Tensor:
-            model = predictions[branch]
-            if model is None:
-                raise MissingPrediction(
-                    "this GuidedDenoiser has no unconditional model; pass uncond=..."
-                )
-            self.evaluations += 1
-            return model(x if at is None else at, sigma, **overrides)
-
-        def evaluate_weak(model: Any, branch: Branch = "cond", **overrides: Any) -> Tensor:
-            if branch != "cond":
-                raise MissingPrediction("the weak model of a GuidedDenoiser is conditional only")
-            denoise: Denoise | None = self._weak if model is None else model
-            if denoise is None:
-                raise MissingPrediction("this GuidedDenoiser has no weak model; pass weak=")
-            self.evaluations += 1
-            return denoise(x, sigma, **overrides)
-
-        cond = evaluate(None, "cond")
+        self.last = None
+        cond = self._evaluate(x, sigma, "cond")
         if self.rule is None:
             return cond
+
+        def evaluate(at: Tensor | None, branch: Branch = "cond", **overrides: Any) -> Tensor:
+            return self._evaluate(x if at is None else at, sigma, branch, **overrides)
+
+        def evaluate_weak(model: Any, branch: Branch = "cond", **overrides: Any) -> Tensor:
+            return self._evaluate_weak(model, x, sigma, branch, **overrides)
+
+        following = self.next_sigma
         step = Step(
             x=x,
             level=self.level(torch.as_tensor(sigma)),
@@ -99,6 +100,27 @@ class GuidedDenoiser:
             memory=self.memory,
             evaluate=evaluate,
             evaluate_weak=evaluate_weak,
+            next_level=None if following is None else self.level(torch.as_tensor(following)),
         )
         self.last = step
         return self.rule(step)
+
+    def _evaluate(self, x: Tensor, sigma: Tensor, branch: Branch, **overrides: Any) -> Tensor:
+        model = self.cond if branch == "cond" else self.uncond
+        if model is None:
+            raise MissingPrediction(
+                "this GuidedDenoiser has no unconditional model; pass uncond=..."
+            )
+        self.evaluations += 1
+        return model(x, sigma, **overrides)
+
+    def _evaluate_weak(
+        self, model: Any, x: Tensor, sigma: Tensor, branch: Branch, **overrides: Any
+    ) -> Tensor:
+        if branch != "cond":
+            raise MissingPrediction("the weak model of a GuidedDenoiser is conditional only")
+        denoise: Denoise | None = self._weak if model is None else model
+        if denoise is None:
+            raise MissingPrediction("this GuidedDenoiser has no weak model; pass weak=")
+        self.evaluations += 1
+        return denoise(x, sigma, **overrides)

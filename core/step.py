@@ -53,6 +53,7 @@ class Step:
         evaluate: how to evaluate the model again; set by the adapter, used through ``predict``.
         evaluate_weak: how to evaluate another model on the same inputs; used through ``weak``.
         moved: the sample that ``move`` put in the place of ``x``, or None.
+        next_level: the level the solver is about to step to, or None where the adapter cannot tell.
     """
 
     x: Tensor
@@ -67,6 +68,7 @@ class Step:
     evaluate: Callable[..., Tensor] | None = None
     evaluate_weak: Callable[..., Tensor] | None = None
     moved: Tensor | None = None
+    next_level: Level | None = None
 
     def need_uncond(self, who: str) -> Tensor:
         """The unconditional prediction, or an error that says how to get one.

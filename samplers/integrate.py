@@ -89,7 +89,7 @@ def integrate(
     samples = [x]
     for i in _bar(len(grid) - 1, progress):
         if begin_step:
-            begin_step(i)
+            begin_step(i, grid[i + 1])
         x = step(denoise, x, grid[i], grid[i + 1], memory)
         if trajectory:
             samples.append(x)

@@ -20,6 +20,17 @@ from ..core.prediction import Level
 Memory = dict[str, Any]
 
 
+def look(denoise: Denoise, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The sample and its denoised prediction at the start of a step.
+
+    A guidance rule may put another sample in the place of ``x`` (manifold projection); a
+    ``GuidedDenoiser`` says so in its ``moved``.
+    """
+    denoised = denoise(x, sigma)
+    moved: Tensor | None = getattr(denoise, "moved", None)
+    return (x if moved is None else moved), denoised
+
+
 def slope(x: Tensor, denoised: Tensor, sigma: Tensor) -> Tensor:
     """``dx / dsigma`` of the probability-flow equation; the noise (EDM) or the velocity (flow)."""
     return (x - denoised) / sigma
@@ -40,7 +51,7 @@ def euler_step(
     Returns:
         The sample at ``sigma_next``.
     """
-    denoised = denoise(x, sigma)
+    x, denoised = look(denoise, x, sigma)
     return denoised + (sigma_next / sigma) * (x - denoised)
 
 
@@ -52,7 +63,8 @@ def heun_step(
     Arguments as ``euler_step``. At ``sigma_next`` = 0 the second slope is undefined and the Euler
     step is taken, which is exact there.
     """
-    d = slope(x, denoise(x, sigma), sigma)
+    x, denoised = look(denoise, x, sigma)
+    d = slope(x, denoised, sigma)
     trial = x + (sigma_next - sigma) * d
     if sigma_next == 0:
         return trial
@@ -78,7 +90,7 @@ def dpmpp_2m_step(
         level: what a sigma means: ``Level.ve`` (default) or ``Level.flow``.
     """
     now, then = level(sigma), level(sigma_next)
-    denoised = denoise(x, sigma)
+    x, denoised = look(denoise, x, sigma)
     last = None if memory is None else memory.get("dpmpp_2m")
     guess = denoised
     if sigma_next == 0:

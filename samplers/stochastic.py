@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.denoiser import Denoise
 from ..core.prediction import Level
-from .ode import Memory, heun_step
+from .ode import Memory, heun_step, look
 
 NoiseLike = Callable[[Tensor], Tensor]
 
@@ -67,7 +67,7 @@ class AncestralStep:
     ) -> Tensor:
         """The sample at ``sigma_next``; shapes as ``ode.euler_step``."""
         now, then = self.level(sigma), self.level(sigma_next)
-        denoised = denoise(x, sigma)
+        x, denoised = look(denoise, x, sigma)
         if sigma_next == 0:
             return denoised
         noise = (x - now.alpha * denoised) / now.sigma
