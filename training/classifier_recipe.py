@@ -9,33 +9,36 @@ part of the run at a smaller resolution. Nothing but clean images is ever shown.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import option
+
+def _option(default: Any, text: str, *, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
 class ClassifierTraining:
     """Everything that decides the result of a run, given the data."""
 
-    arch: str = option("resnet", "family of the network", choices=("resnet", "plainnet"))
-    width: int = option(32, "channels of the first stage; the widest has four times as many")
-    epochs: int = option(16, "passes over the data; the learning rate decays to zero over them")
-    batch_size: int = option(250, "images an update")
-    lr: float = option(0.4, "highest learning rate")
-    momentum: float = option(0.85, "Nesterov momentum")
-    weight_decay: float = option(1.3e-3, "of kernels and matrices; vectors have none")
-    label_smoothing: float = option(0.1, "share of the target spread over all classes")
-    peak: float = option(0.2, "fraction of the run at which the learning rate is highest")
-    translate: int = option(2, "largest shift of an image in pixels")
-    small_size: int = option(24, "resolution of the first part of the run")
-    small_fraction: float = option(0.5, "fraction of the epochs at the small resolution")
-    precision: str = option("bf16", "arithmetic of the network", choices=("bf16", "fp32"))
-    seed: int = option(0, "of the weights, the order and the augmentation")
+    arch: str = _option("resnet", "family of the network", choices=("resnet", "plainnet"))
+    width: int = _option(32, "channels of the first stage; the widest has four times as many")
+    epochs: int = _option(16, "passes over the data; the learning rate decays to zero over them")
+    batch_size: int = _option(250, "images an update")
+    lr: float = _option(0.4, "highest learning rate")
+    momentum: float = _option(0.85, "Nesterov momentum")
+    weight_decay: float = _option(1.3e-3, "of kernels and matrices; vectors have none")
+    label_smoothing: float = _option(0.1, "share of the target spread over all classes")
+    peak: float = _option(0.2, "fraction of the run at which the learning rate is highest")
+    translate: int = _option(2, "largest shift of an image in pixels")
+    small_size: int = _option(24, "resolution of the first part of the run")
+    small_fraction: float = _option(0.5, "fraction of the epochs at the small resolution")
+    precision: str = _option("bf16", "arithmetic of the network", choices=("bf16", "fp32"))
+    seed: int = _option(0, "of the weights, the order and the augmentation")
 
     def __post_init__(self) -> None:
         for name in ("width", "epochs", "batch_size", "small_size"):

@@ -1,0 +1,78 @@
+"""Compare the two embedded classifiers on labelled images: accuracy, calibration, agreement."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.eval.classifiers import CifarClassifier, load_classifier
+from diffsteer.training.classifier import classification_report, predict
+from diffsteer.training.data import LabelledImages, load_images
+
+
+def noisy(pixels: Tensor, level: float) -> Tensor:
+    """The uint8 images with seeded Gaussian noise of deviation ``level``, in [0, 1] units."""
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    return (pixels + 255 * level * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def compare(
+    first: CifarClassifier, second: CifarClassifier, data: LabelledImages, levels: list[float]
+) -> list[dict[str, Any]]:
+    """One row a noise level: the reports of both, and how often they name the same class."""
+    rows = []
+    for level in levels:
+        pixels = noisy(data.pixels, level) if level else data.pixels
+        logits = [predict(network, pixels) for network in (first, second)]
+        reports = [classification_report(part, data.labels) for part in logits]
+        if not level:  # two views an image: reported beside, never instead
+            for network, part, report in zip((first, second), logits, reports, strict=True):
+                both = part.softmax(1) + predict(network, pixels.flip(-1)).softmax(1)
+                report["accuracy_with_mirror"] = classification_report(both.log(), data.labels)[
+                    "accuracy"
+                ]
+        named = [part.argmax(1) for part in logits]
+        agreement = (named[0] == named[1]).double().mean().item()
+        rows.append({"noise": level, first.id: reports[0], second.id: reports[1]})
+        rows[-1]["agreement"] = agreement
+    return rows
+
+
+def table(rows: list[dict[str, Any]], ids: tuple[str, str]) -> str:
+    lines = ["| noise | network | accuracy | NLL | ECE | agreement |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        for name in ids:
+            report = row[name]
+            cells = [f"{100 * report['accuracy']:.2f} %", f"{report['nll']:.3f}"]
+            cells += [f"{report['ece']:.3f}", f"{100 * row['agreement']:.2f} %"]
+            lines.append(f"| {row['noise']:g} | `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", default="uoft-cs/cifar10", help="parquet or image folder, or hub")
+    parser.add_argument("--split", default="test", help="split to compare on")
+    parser.add_argument("--noise", type=float, nargs="*", default=[0.0, 0.05, 0.1], help="levels")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    args = parser.parse_args()
+    guidance, evaluation = load_classifier("guidance"), load_classifier("evaluation")
+    try:
+        data = load_images(args.data, split=args.split)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"compare_classifiers: {error}") from error
+    rows = compare(guidance, evaluation, data, args.noise)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=2) + "\n")
+    print(table(rows, (guidance.id, evaluation.id)))
+
+
+if __name__ == "__main__":
+    main()
