@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-PREFIX = "step-"
+__all__ = [
+    "CheckpointError",
+    "list_checkpoints",
+    "load_checkpoint",
+    "save_checkpoint",
+    "write_json",
+]
+
+PREFIX, ASIDE = "step-", ".writing-"
 
 
 class CheckpointError(ValueError):
@@ -20,38 +28,42 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write ``folder/step-N`` and then remove all but the newest ``keep``; a failure leaves the others untouched.
+    """Write ``folder/step-N``, then remove all but the newest ``keep``.
+
+    A failure, or a kill at any moment, leaves the earlier checkpoints as they are.
 
     Args:
-        folder: Where the checkpoints of a run are.
-        step: Updates made so far.
-        state: Tensors, numbers, strings and containers of them.
-        keep: How many to keep.
+        folder: where the checkpoints of a run are.
+        step: updates made so far; also ``state["step"]``.
+        state: tensors, numbers, strings and containers of them.
+        keep: how many to keep.
 
     Raises:
-        OSError: The disk is full or cannot be written; the half-written one is removed.
+        OSError: the disk is full or cannot be written; the half-written one is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{PREFIX}{step:08d}"
-    aside = folder / f".writing-{os.getpid()}"
+    final, aside = folder / f"{PREFIX}{step:08d}", folder / f"{ASIDE}{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
-        with open(aside / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        note = {"step": step, "sha256": _digest(aside / "state.pt")}
-        write_json(aside / "checkpoint.json", note)
+        _write_state(aside / "state.pt", state)
+        write_json(aside / "checkpoint.json", {"step": step, "sha256": _digest(aside / "state.pt")})
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno,
+                f"cannot write the checkpoint of step {step} ({error.strerror or error}); the "
+                f"earlier ones are untouched: make room and run the same command again",
+                str(folder),
+            ) from error
         raise
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    for left in folder.glob(".writing-*"):  # of runs that were killed while they wrote
+    for left in folder.glob(f"{ASIDE}*"):  # of runs that were killed while they wrote
         shutil.rmtree(left, ignore_errors=True)
     return final
 
@@ -66,7 +78,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read one checkpoint back, on the CPU.
 
     Raises:
-        CheckpointError: A file is missing, damaged or not of this program.
+        CheckpointError: a file is missing, damaged or not of this program.
     """
     remedy = f"delete {path} to resume from the one before it"
     try:
@@ -75,12 +87,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint {path} is incomplete ({error}); {remedy}") from error
     if not whole:
-        raise CheckpointError(f"the checkpoint {path} is damaged: its checksum does not match; {remedy}")
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: its checksum does not match; {remedy}"
+        )
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"the checkpoint {path} cannot be read ({error}); {remedy}") from error
-    if not isinstance(state, dict) or state.get("step") != note["step"]:
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read ({error}); {remedy}"
+        ) from error
+    if not isinstance(state, dict) or state.get("step") != note.get("step"):
         raise CheckpointError(f"the checkpoint {path} is not one of a training run; {remedy}")
     return state
 
@@ -100,13 +116,16 @@ def write_json(path: Path, value: Any) -> None:
         raise
 
 
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunks(file)
-
-
-def _chunks(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

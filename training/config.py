@@ -2,74 +2,103 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+__all__ = ["TrainConfig"]
 
-def option(default: Any, text: str, *, free: bool = False, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its help text; ``free`` ones may change between the parts of a resumed run."""
+POSITIVE_INTEGERS = (
+    *("resolution", "patch_size", "layers", "heads", "head_dim"),
+    *("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"),
+)
+COUNTS = ("warmup", "weak_at", "preview_every")
+SHARES = ("label_dropout", "ema", "beta2")
+POSITIVE = ("learning_rate", "clip", "sigma_std")
+
+
+def _field(default: Any, text: str, *, free: bool = False, choices: tuple[str, ...] = ()) -> Any:
+    """A setting with its help text; ``free`` ones may change when a run is resumed."""
     return field(default=default, metadata={"help": text, "free": free, "choices": choices})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run; the defaults make the embedded CIFAR-10 model."""
+    """A training run; the defaults make the embedded CIFAR-10 model. The fields carry their help.
 
-    data: str = option("uoft-cs/cifar10", "parquet file or folder, folder of class folders, or hub dataset", free=True)
-    split: str = option("train", "split of the data")
-    resolution: int = option(32, "side of the square images")
-    flip: bool = option(True, "mirror half of the images")
+    Raises:
+        ValueError: a value is out of its range; the message names the field.
+    """
 
-    objective: str = option("flow", "what is learnt", choices=("flow",))
-    prediction: str = option("denoised", "what the network predicts", choices=("denoised", "velocity"))
-    sigma_mean: float = option(0.4, "mean of the logit of the noise level")
-    sigma_std: float = option(0.8, "standard deviation of the logit of the noise level")
-    label_dropout: float = option(0.1, "share of labels replaced by the null class")
+    data: str = _field(
+        "uoft-cs/cifar10", "parquet file or folder, folder of class folders, or hub name", free=True
+    )
+    split: str = _field("train", "split of the data")
+    resolution: int = _field(32, "side of the square images")
+    flip: bool = _field(True, "mirror half of the images")
 
-    patch_size: int = option(4, "side of the transformer's patches")
-    layers: int = option(5, "transformer blocks")
-    heads: int = option(3, "attention heads")
-    head_dim: int = option(64, "channels of a head")
+    objective: str = _field("flow", "what is learnt", choices=("flow",))
+    prediction: str = _field(
+        "denoised", "what the network predicts", choices=("denoised", "velocity")
+    )
+    sigma_mean: float = _field(0.4, "mean of the logit of the noise level")
+    sigma_std: float = _field(0.8, "standard deviation of the logit of the noise level")
+    label_dropout: float = _field(0.1, "share of the labels replaced by the null class")
 
-    steps: int = option(7500, "updates; the learning rate decays to zero over them")
-    batch_size: int = option(128, "images an update, over all ranks")
-    accumulate: int = option(1, "passes an update on each rank", free=True)
-    learning_rate: float = option(1.5e-3, "AdamW's learning rate after warm-up")
-    beta2: float = option(0.95, "AdamW's second beta")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
-    warmup: int = option(300, "updates of linear warm-up")
-    clip: float = option(1.0, "largest norm of the gradient")
-    ema: float = option(0.999, "decay of the averaged weights")
-    precision: str = option("bf16", "arithmetic of the network", choices=("bf16", "fp32"))
-    compile: bool = option(False, "torch.compile the network", free=True)
-    seed: int = option(0, "seed of the weights, the order and all noise")
+    patch_size: int = _field(4, "side of the transformer's patches")
+    layers: int = _field(5, "transformer blocks")
+    heads: int = _field(3, "attention heads")
+    head_dim: int = _field(64, "channels of an attention head")
 
-    weak_at: int = option(0, "keep the averaged weights of this step for autoguidance; 0: none")
-    checkpoint_every: int = option(300, "updates between checkpoints", free=True)
-    preview_every: int = option(1000, "updates between sample grids; 0: none", free=True)
-    log_every: int = option(20, "updates between lines of loss.jsonl", free=True)
-    log_with: str = option("", "tracker of accelerate, such as tensorboard or wandb", free=True)
+    steps: int = _field(6000, "updates; the learning rate decays to zero over them")
+    batch_size: int = _field(128, "images of an update, over all ranks")
+    accumulate: int = _field(1, "passes of an update on each rank", free=True)
+    learning_rate: float = _field(1.5e-3, "learning rate of AdamW after the warm-up")
+    beta2: float = _field(0.95, "second beta of AdamW")
+    weight_decay: float = _field(0.01, "weight decay of AdamW")
+    warmup: int = _field(300, "updates of linear warm-up")
+    clip: float = _field(1.0, "largest norm of the gradient")
+    ema: float = _field(0.999, "decay of the averaged weights")
+    precision: str = _field("bf16", "arithmetic of the network", choices=("bf16", "fp32"))
+    compile: bool = _field(False, "torch.compile the network", free=True)
+    seed: int = _field(0, "seed of the weights, the order and all noise")
+
+    weak_at: int = _field(0, "keep the averaged weights of this step for autoguidance; 0: none")
+    save_dtype: str = _field(
+        "float16", "precision of the saved weights", free=True, choices=("float16", "float32")
+    )
+    checkpoint_every: int = _field(200, "updates between checkpoints", free=True)
+    preview_every: int = _field(1000, "updates between sample grids; 0: none", free=True)
+    log_every: int = _field(20, "updates between lines of loss.jsonl", free=True)
+    log_with: str = _field("", "tracker of accelerate, such as tensorboard or wandb", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "patch_size", "layers", "heads", "head_dim", "steps", "batch_size", "accumulate",
-                     "checkpoint_every", "log_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("label_dropout", "ema", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("learning_rate", "clip", "sigma_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.resolution % self.patch_size:
-            raise ValueError(f"resolution {self.resolution} is no multiple of patch_size {self.patch_size}")
+        """Refuse values out of range."""
         for item in fields(self):
-            choices = item.metadata["choices"]
-            if choices and getattr(self, item.name) not in choices:
-                raise ValueError(f"{item.name} must be one of {choices}, got {getattr(self, item.name)!r}")
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{item.name} must be a finite number, got {value}")
+        self._need(POSITIVE_INTEGERS, "at least 1", lambda value: value >= 1)
+        self._need(COUNTS, "0 or more", lambda value: value >= 0)
+        self._need(SHARES, "in [0, 1)", lambda value: 0 <= value < 1)
+        self._need(POSITIVE, "positive", lambda value: value > 0)
+        if self.resolution % self.patch_size:
+            raise ValueError(
+                f"resolution must be a multiple of patch_size {self.patch_size}, "
+                f"got {self.resolution}"
+            )
+
+    def _need(self, names: tuple[str, ...], what: str, holds: Any) -> None:
+        for name in names:
+            if not holds(getattr(self, name)):
+                raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
 
     def changes(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields that a resumed run may not change and that differ: name to (saved, now)."""
+        """The fields that make another run of it and differ: name to (saved, now)."""
         now = asdict(self)
         bound = [item.name for item in fields(self) if not item.metadata["free"]]
-        return {name: (saved.get(name), now[name]) for name in bound if saved.get(name) != now[name]}
+        return {
+            name: (saved.get(name), now[name]) for name in bound if saved.get(name) != now[name]
+        }

@@ -5,14 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+__all__ = ["ExponentialMovingAverage", "warmed_decay"]
+
 
 def warmed_decay(step: int, decay: float) -> float:
-    """The decay after ``step`` updates: the plain one, less at first so that the start is forgotten."""
+    """The decay after ``step`` updates: less at first, so that the start is soon forgotten."""
     return min(decay, (1 + step) / (10 + step))
 
 
 class ExponentialMovingAverage:
-    """Averages the trainable parameters of ``model`` in float32: ``average += (1 - decay) * (now - average)``."""
+    """Averages trainable parameters in float32: ``average += (1 - decay) * (now - average)``.
+
+    Args:
+        model: where the average starts from.
+        decay: in [0, 1); see `warmed_decay` for the first updates.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -22,11 +29,10 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the parameters of ``model``; ``step`` counts the updates made before this one."""
+        """Move towards the parameters of ``model``; ``step`` counts the updates made before."""
         now = [parameter.detach().float() for parameter in _trained(model).values()]
-        torch._foreach_lerp_(
-            list(self.average.values()), now, 1 - warmed_decay(step, self.decay)
-        )
+        weight = 1 - warmed_decay(step, self.decay)
+        torch._foreach_lerp_(list(self.average.values()), now, weight)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -43,7 +49,7 @@ class ExponentialMovingAverage:
         """Take over saved averages.
 
         Raises:
-            ValueError: The names are not those of this model.
+            ValueError: the names are not those of this model.
         """
         if state.keys() != self.average.keys():
             odd = sorted(state.keys() ^ self.average.keys())[:3]

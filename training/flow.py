@@ -1,4 +1,4 @@
-"""Flow matching: the straight path between an image and noise, learnt as a velocity or as the image itself."""
+"""Flow matching: the straight path between image and noise, learnt as velocity or as image."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.prediction import Level
+from ..core.prediction import Kind, Level
 from ..core.tensors import per_sample
+
+__all__ = ["TIMESTEPS", "FlowMatching", "Network", "logit_normal", "velocity_loss"]
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``network(x, timestep, labels)``: the raw output, shaped like ``x``."""
 
-TIMESTEPS = 1000.0  # what FlowMatchEulerDiscreteScheduler multiplies sigma by before a network eats it
+TIMESTEPS = 1000.0  # what FlowMatchEulerDiscreteScheduler multiplies sigma by for the network
 
 
 def logit_normal(gauss: Tensor, *, mean: float, std: float) -> Tensor:
@@ -34,19 +36,19 @@ def velocity_loss(
 ) -> Tensor:
     """Mean squared error of the velocity ``noise - clean``, one number a sample, (B,).
 
-    The sample is ``x = alpha * clean + sigma * noise`` with ``alpha = 1 - sigma``, and the network eats
-    ``1000 * sigma``. A network that predicts the denoised image is held to the same loss: on this path
-    ``velocity = (x - denoised) / sigma``, so its velocity error is its image error over ``sigma``, which
-    ``sigma_floor`` keeps finite.
+    The sample is ``x = alpha * clean + sigma * noise`` with ``alpha = 1 - sigma``, and the network
+    eats ``1000 * sigma``. A network that predicts the denoised image is held to the same loss: on
+    this path ``velocity = (x - denoised) / sigma``, so its velocity error is its image error over
+    ``sigma``, which ``sigma_floor`` keeps finite.
 
     Args:
         network: ``network(x, timestep, labels)``, output shaped like ``x``.
-        clean: Images, (B, C, H, W).
-        noise: Standard normal noise, like ``clean``.
+        clean: images, (B, C, H, W).
+        noise: standard normal noise, like ``clean``.
         level: ``alpha`` and ``sigma`` of shape (B,).
-        labels: Class indices, (B,).
-        prediction: What the network's output means, "velocity" or "denoised".
-        sigma_floor: Least sigma that an image error is divided by.
+        labels: class indices, (B,).
+        prediction: what the network's output means, "velocity" or "denoised".
+        sigma_floor: least sigma that an image error is divided by.
 
     Raises:
         ValueError: ``prediction`` is neither of the two.
@@ -65,19 +67,35 @@ def velocity_loss(
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Flow matching with logit-normal noise levels (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+    """Flow matching with logit-normal noise levels (Esser et al. 2024, arXiv 2403.03206).
 
     Attributes:
-        prediction: What the network predicts, "velocity" or "denoised"; the loss is in velocity either way.
-        mean: Mean of the logit of sigma; above 0 spends more on noisy samples.
-        std: Standard deviation of the logit of sigma.
-        sigma_floor: Least sigma that an image error is divided by.
+        prediction: what the network predicts, "velocity" or "denoised"; the loss is in velocity
+            either way.
+        mean: mean of the logit of sigma; above 0 spends more on noisy samples.
+        std: standard deviation of the logit of sigma.
+        sigma_floor: least sigma that an image error is divided by.
+
+    Raises:
+        ValueError: ``prediction`` is neither of the two.
     """
 
     prediction: str = "velocity"
     mean: float = 0.4
     std: float = 0.8
     sigma_floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse a prediction that the loss does not know."""
+        if self.prediction not in ("velocity", "denoised"):
+            raise ValueError(
+                f"prediction must be 'velocity' or 'denoised', got {self.prediction!r}"
+            )
+
+    @property
+    def kind(self) -> Kind:
+        """What the network's raw output means."""
+        return Kind(self.prediction)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Level]:
         """Noise of ``shape`` (B, ...) and levels of shape (B,), on the generator's device."""

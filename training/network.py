@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,21 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .config import TrainConfig
+from .flow import Network
 
-def build_transformer(
-    *, classes: int, resolution: int, patch_size: int, layers: int, heads: int, head_dim: int
-) -> nn.Module:
-    """A stock ``DiTTransformer2DModel`` on RGB pixels, initialised as in the DiT paper; class ``classes`` is null."""
+__all__ = [
+    "as_network",
+    "build_transformer",
+    "initialise_transformer",
+    "quick_attention",
+    "train_mode",
+]
+
+
+def build_transformer(config: TrainConfig, classes: int) -> nn.Module:
+    """A stock ``DiTTransformer2DModel`` on RGB pixels, fresh; the label ``classes`` is null."""
     from diffusers import DiTTransformer2DModel
 
     model = DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
         in_channels=3,
         out_channels=3,
-        num_layers=layers,
-        sample_size=resolution,
-        patch_size=patch_size,
+        num_layers=config.layers,
+        sample_size=config.resolution,
+        patch_size=config.patch_size,
         num_embeds_ada_norm=classes,
     )
     initialise_transformer(model)
@@ -33,7 +42,7 @@ def build_transformer(
 
 @torch.no_grad()
 def initialise_transformer(model: Any) -> None:
-    """The initialisation of Peebles & Xie (arXiv 2212.09748): every block starts as the identity, the output at 0.
+    """Initialise as Peebles & Xie (arXiv 2212.09748): blocks start as the identity, output 0.
 
     diffusers builds the same layers but leaves PyTorch's default weights in them.
     """
@@ -56,10 +65,11 @@ def initialise_transformer(model: Any) -> None:
 
 
 def train_mode(model: nn.Module) -> None:
-    """``model.train()``, but without the label dropout that diffusers' label embeddings do by themselves.
+    """``model.train()``, but without the label dropout that diffusers' label embeddings do.
 
-    They draw from the global generator and, in a DiT, anew in every block, so that a sample is unconditional in one
-    block and conditional in the next. Labels are dropped by the trainer instead, once a sample.
+    They draw from the global generator and, in a DiT, anew in every block, so that a sample is
+    unconditional in one block and conditional in the next. The trainer drops labels itself, once a
+    sample.
     """
     from diffusers.models.embeddings import LabelEmbedding
 
@@ -69,8 +79,13 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def as_network(model: nn.Module, *, bf16: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``network(x, timestep, labels)`` over a diffusers model; autocast to bfloat16 where asked, float32 out."""
+def as_network(model: nn.Module, *, bf16: bool) -> Network:
+    """``network(x, timestep, labels)`` over a diffusers model, float32 out.
+
+    Args:
+        model: takes (sample, timestep, class_labels), as DiT transformers and 2D UNets do.
+        bf16: run it under autocast to bfloat16.
+    """
 
     def network(x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bf16):
@@ -82,7 +97,7 @@ def as_network(model: nn.Module, *, bf16: bool) -> Callable[[Tensor, Tensor, Ten
 
 @contextmanager
 def quick_attention(device: torch.device) -> Iterator[None]:
-    """On a CPU, the plain attention kernel: the backward pass of the fused one is several times slower there."""
+    """On a CPU, the plain attention kernel: the fused one's backward pass is far slower there."""
     if device.type != "cpu":
         yield
         return

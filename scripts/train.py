@@ -1,0 +1,77 @@
+"""Train a class-conditional flow model on labelled images and save it as a pipeline folder.
+
+python scripts/train.py --out runs/cifar10                          (the embedded model)
+accelerate launch scripts/train.py --data my/folder --resolution 64 --out runs/mine
+
+The same command goes on where a stopped run was. OUT/model is the pipeline, OUT/weak the early
+weights that --weak-at asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import _cli
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from diffsteer.pipelines import ClassConditionalPipeline
+from diffsteer.training import TrainConfig, Trainer, averaged_model, load_images
+from diffsteer.training.run_folder import read_run
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the run; an unfinished run goes on")
+    add("--save-only", action="store_true", help="save the newest checkpoint, train nothing")
+    add("--traceback", action="store_true", help="show where an error comes from")
+    more = {"nargs": "+", "default": [], "metavar": "FIELD"}
+    add("--allow-change", **more, help="settings that may differ from the run's: steps ...")
+    for item in fields(TrainConfig):
+        flag, kind = "--" + item.name.replace("_", "-"), type(item.default)
+        text = {"help": f"{item.metadata['help']} (default: {item.default})"}
+        if kind is bool:
+            add(flag, action=argparse.BooleanOptionalAction, default=item.default, **text)
+        else:
+            choices = item.metadata["choices"] or None
+            add(flag, type=kind, default=item.default, choices=choices, **text)
+    return parser
+
+
+def save_pipeline(out: Path) -> None:
+    """Write OUT/model from the newest checkpoint."""
+    config, names = read_run(out)
+    model = averaged_model(out).to(getattr(torch, config.save_dtype))
+    pipe = ClassConditionalPipeline(
+        model,
+        FlowMatchEulerDiscreteScheduler(),
+        prediction=config.prediction,
+        id2label=dict(enumerate(names)),
+    )
+    pipe.save_pretrained(out / "model")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.save_only:
+        save_pipeline(args.out)
+        return
+    config = TrainConfig(**{item.name: getattr(args, item.name) for item in fields(TrainConfig)})
+    images = load_images(config.data, split=config.split, resolution=config.resolution)
+    trainer = Trainer(config, images, args.out, allow_change=tuple(args.allow_change))
+    if not trainer.run():
+        raise KeyboardInterrupt  # stopped by a signal: reported as every script does
+    if trainer.accelerator.is_main_process:
+        save_pipeline(args.out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(_cli.run(main))

@@ -1,0 +1,131 @@
+"""The folder of a training run: what it was started with, its history and its curve."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import CheckpointError, list_checkpoints, load_checkpoint, write_json
+from .config import TrainConfig
+from .data import Images
+
+__all__ = ["append_line", "check_run", "newest_state", "note_part", "read_lines", "read_run"]
+
+CONFIG, DATA, HISTORY, CURVE = "config.json", "data.json", "history.jsonl", "loss.jsonl"
+
+
+def check_run(
+    out: Path, config: TrainConfig, images: Images, allow_change: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between the run that lies in ``out``, if any, and the one that is asked for.
+
+    Args:
+        out: the folder.
+        config: what is asked for.
+        images: the data.
+        allow_change: names of fields that may differ, "data" for other images.
+
+    Returns:
+        The allowed differences: name to (before, now).
+
+    Raises:
+        CheckpointError: another field differs; the message names it, both values and the remedy.
+    """
+    known = [*asdict(config), "data"]
+    for name in allow_change:
+        if name not in known:
+            raise ValueError(f"allow_change names {name!r}; the settings are {', '.join(known)}")
+    changed = config.changes(_read(out / CONFIG)) if (out / CONFIG).exists() else {}
+    if (out / DATA).exists():
+        before, now = _read(out / DATA)["digest"], images.digest()
+        if before != now:
+            changed["data"] = (before, now)
+    for name, (before, now) in changed.items():
+        if name not in allow_change:
+            raise CheckpointError(
+                f"the run in {out} was started with {name}={before!r}, now it is {now!r}; use the "
+                f"old value, another folder, or --allow-change {name}"
+            )
+    return changed
+
+
+def newest_state(out: Path) -> dict[str, Any] | None:
+    """The newest checkpoint of the run, or None where there is none yet.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    found = list_checkpoints(out / "checkpoints")
+    return load_checkpoint(found[-1]) if found else None
+
+
+def note_part(
+    out: Path,
+    config: TrainConfig,
+    images: Images,
+    *,
+    step: int,
+    changed: dict[str, tuple[Any, Any]],
+) -> None:
+    """Note that the run starts or goes on at ``step``; drop the later part of the curve."""
+    import diffusers
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / CONFIG, asdict(config))
+    data = {"digest": images.digest(), "count": len(images), "names": list(images.names)}
+    write_json(out / DATA, data)
+    part = {
+        "from_step": step,
+        "unix_time": round(time.time()),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "threads": torch.get_num_threads(),
+        "changed": {name: list(pair) for name, pair in changed.items()},
+    }
+    append_line(out / HISTORY, part)
+    if (out / CURVE).exists():
+        lines = [line for line in read_lines(out / CURVE) if line["step"] <= step]
+        aside = out / f".{CURVE}"
+        aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        aside.replace(out / CURVE)
+
+
+def read_run(out: Path) -> tuple[TrainConfig, tuple[str, ...]]:
+    """The config and the class names of the run in ``out``.
+
+    Raises:
+        FileNotFoundError: there is no run.
+    """
+    if not (out / CONFIG).exists() or not (out / DATA).exists():
+        raise FileNotFoundError(f"there is no training run in {out}")
+    return TrainConfig(**_read(out / CONFIG)), tuple(_read(out / DATA)["names"])
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one JSON line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a last line that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); start in another folder") from error
+    return value
