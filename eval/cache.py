@@ -1,0 +1,92 @@
+"""Extracted features on disk, under keys that change whenever anything that made them does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .features import FeatureSet
+
+
+def default_cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/diffsteer/features``, or the same under ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "diffsteer" / "features"
+
+
+class FeatureCache:
+    """A folder of feature sets; the least recently used go when it outgrows its limit.
+
+    Args:
+        folder: where; made on first writing.
+        limit: bytes that it may take.
+    """
+
+    def __init__(self, folder: Path | None = None, *, limit: int = 20 * 2**30) -> None:
+        self.folder, self.limit = folder or default_cache_folder(), limit
+
+    @staticmethod
+    def key(*parts: str | Sequence[int]) -> str:
+        """SHA-256 of everything that features depend on: files, extractor ids, indices, rules."""
+        digest = hashlib.sha256()
+        for part in parts:
+            text = part if isinstance(part, str) else ",".join(map(str, part))
+            digest.update(f"{len(text)}:{text}".encode())
+        return digest.hexdigest()
+
+    def get(self, key: str) -> tuple[FeatureSet, dict[str, Any]] | None:
+        """What was stored under ``key`` with its notes, or None; an unreadable file is no hit."""
+        path = self.folder / f"{key}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: torch.from_numpy(stored[name]) for name in stored if name != "note"}
+                note = json.loads(str(stored["note"][()]))
+            found = FeatureSet(
+                {name[4:]: array for name, array in arrays.items() if name.startswith("tap/")},
+                *(arrays[name] for name in ("keys", "labels", "index", "colour")),
+            )
+            os.utime(path)
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+        return found, note
+
+    def put(self, key: str, features: FeatureSet, note: dict[str, Any]) -> None:
+        """Store under ``key``: written aside and renamed, so readers see all of it or nothing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {f"tap/{n}": t.numpy() for n, t in features.taps.items()}
+        for name in ("keys", "labels", "index", "colour"):
+            arrays[name] = getattr(features, name).numpy()
+        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, note=np.array(json.dumps(note)), **arrays)
+            os.replace(temporary, self.folder / f"{key}.npz")
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        self._shrink(keep=f"{key}.npz")
+
+    def _shrink(self, keep: str) -> None:
+        files = []
+        for path in self.folder.glob("*.npz"):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # another process removed it
+                continue
+            files.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.limit:
+                return
+            if path.name != keep:
+                path.unlink(missing_ok=True)
+                total -= size

@@ -1,0 +1,66 @@
+"""What is suspicious about a set of samples: collapse, copies, imbalance, counts."""
+
+from __future__ import annotations
+
+import torch
+
+from .features import FeatureSet
+from .reference import Reference
+from .settings import Settings
+
+
+def findings(fake: FeatureSet, reference: Reference, settings: Settings) -> list[str]:
+    """Warnings about the samples themselves, each once, in words for the user."""
+    return [
+        *_counts(fake, reference, settings),
+        *_copies(fake, reference),
+        *_balance(fake, reference),
+    ]
+
+
+def _counts(fake: FeatureSet, reference: Reference, settings: Settings) -> list[str]:
+    found = []
+    if settings.samples is not None and len(fake) < min(settings.samples, 10_000):
+        found.append(
+            f"{len(fake)} samples, where the {settings.protocol} protocol has {settings.samples}: "
+            "distances are larger at smaller N, so compare at equal N only"
+        )
+    real = len(reference.keys())
+    if real and real != len(fake):
+        found.append(f"{len(fake)} generated against {real} real samples; distances depend on both")
+    return found
+
+
+def _copies(fake: FeatureSet, reference: Reference) -> list[str]:
+    found = []
+    copies = len(fake) - len(torch.unique(fake.keys))
+    if copies > len(fake) / 100:
+        found.append(
+            f"{copies} of {len(fake)} generated samples are exact copies of others (collapse, or a "
+            "loader that repeats samples); precision and recall then depend on < or <="
+        )
+    memorised = int(torch.isin(fake.keys, reference.keys()).sum())
+    if memorised:
+        found.append(f"{memorised} generated samples are exact copies of real ones")
+    return found
+
+
+def _balance(fake: FeatureSet, reference: Reference) -> list[str]:
+    labels = fake.labels
+    if len(labels) == 0 or bool((labels < 0).any()):
+        return []
+    counts = torch.bincount(labels).double()
+    real = None if reference.samples is None else reference.samples.labels
+    if real is not None and len(real) and bool((real >= 0).all()):
+        size = max(len(counts), int(real.max()) + 1)
+        share = torch.bincount(labels, minlength=size).double() / len(labels)
+        wanted = torch.bincount(real, minlength=size).double() / len(real)
+    else:
+        present = counts > 0
+        share, wanted = counts[present] / len(labels), torch.tensor(1.0 / float(present.sum()))
+        wanted = wanted.expand_as(share).double()
+    # Four standard deviations of a random draw: chance alone does not warn.
+    spread = (wanted * (1 - wanted) / len(labels)).sqrt()
+    if bool(((share - wanted).abs() > 4 * spread + 1 / len(labels)).any()):
+        return ["class shares of the generated samples differ from those of the reference"]
+    return []

@@ -1,0 +1,107 @@
+"""The class that each sample was asked to show: from run.json, sub-folders or a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .images import ImageSource
+
+
+def find_labels(
+    source: ImageSource, how: str | None = None, *, class_names: tuple[str, ...] = ()
+) -> Tensor | None:
+    """Labels of all images of ``source``, shape (N,) int64, or None where there are none.
+
+    Args:
+        source: from ``open_images``.
+        how: None looks at the source itself, then at the ``run.json`` that ``generate.py`` wrote,
+            then at sub-folders if they are named as classes; "from-dirs" insists on sub-folders;
+            anything else is a CSV file of two columns, file and label.
+        class_names: names that stand for labels 0, 1, ...; sub-folders and CSV may use either.
+
+    Raises:
+        ValueError: if labels were asked for and are missing for some image, or cannot be read.
+    """
+    if how is None:
+        if source.labels is not None:
+            return source.labels
+        from_run = _run_json(Path(source.where))
+        if from_run is not None:
+            return _assign(source, from_run, class_names, f"{source.where}/run.json")
+        folders = {Path(name).parent.name for name in source.names}
+        if folders <= set(class_names):
+            how = "from-dirs"
+        else:
+            return None
+    if how == "from-dirs":
+        return _from_folders(source, class_names)
+    return _assign(source, _read_csv(Path(how)), class_names, how)
+
+
+def _run_json(folder: Path) -> dict[str, Any] | None:
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}; pass --labels instead") from error
+    samples = run.get("samples") if isinstance(run, dict) else None
+    if not isinstance(samples, list):
+        return None
+    labels = {s["file"]: s["label"] for s in samples if s.get("label") is not None}
+    return labels or None
+
+
+def _read_csv(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except OSError as error:
+        raise ValueError(f"cannot read labels from {path}: {error}") from error
+    if any(len(row) < 2 for row in rows):
+        raise ValueError(f"{path}: expected two columns, file and label, in every row")
+    if rows and rows[0][1].strip().lower() in ("label", "class"):
+        rows = rows[1:]
+    return {row[0].strip(): row[1].strip() for row in rows}
+
+
+def _from_folders(source: ImageSource, class_names: tuple[str, ...]) -> Tensor:
+    parents = [Path(name).parent.name for name in source.names]
+    names = class_names if set(parents) <= set(class_names) else tuple(sorted(set(parents)))
+    if len(set(parents)) < 2:
+        raise ValueError(
+            f"labels from-dirs: {source.where} has no sub-folder for each class; "
+            "expected e.g. cat/0001.png, dog/0001.png"
+        )
+    return torch.tensor([names.index(parent) for parent in parents], dtype=torch.int64)
+
+
+def _assign(
+    source: ImageSource, by_file: dict[str, Any], class_names: tuple[str, ...], where: str
+) -> Tensor:
+    short = {Path(name).name: value for name, value in by_file.items()}
+    unique = len(short) == len(by_file)
+    labels = []
+    for name in source.names:
+        value = by_file.get(name, short.get(Path(name).name) if unique else None)
+        if value is None:
+            raise ValueError(f"{where} gives no label for {name} of {source.where}")
+        labels.append(_number(value, class_names, where))
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+def _number(value: Any, class_names: tuple[str, ...], where: str) -> int:
+    if isinstance(value, str) and value in class_names:
+        return class_names.index(value)
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        known = f" or one of {', '.join(class_names)}" if class_names else ""
+        raise ValueError(f"{where}: label {value!r} is no integer{known}") from error

@@ -1,0 +1,139 @@
+"""What samples are compared with: real features, or statistics of them, in each feature space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .extractors import Extractor
+from .features import FeatureSet
+from .moments import Moments
+from .stats import Statistics, read_statistics
+
+EMBEDDED = Path(__file__).resolve().parent / "embedded" / "cifar10_test.npz"
+
+# Feature spaces by their size, for files that do not say where they come from.
+_KNOWN_SIZES = {2048: "inception", 1024: "dinov2", 768: "clip"}
+
+
+@dataclass
+class Reference:
+    """Real samples as features (``samples``), as statistics by space, or both."""
+
+    samples: FeatureSet | None = None
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def features(self, space: str) -> Tensor | None:
+        """Rows in canonical order, (N, d), or None where only moments are known."""
+        if self.samples is not None:
+            return self.samples.taps.get(f"{space}/features")
+        known = self.statistics.get(space)
+        return None if known is None else known.features
+
+    def gaussian_of(self, space: str, tap: str = "features") -> Statistics | None:
+        """Mean and covariance in a space, or None where nothing is known of it."""
+        known = self.statistics.get(space)
+        if known is not None and tap == "features":
+            return known
+        if known is not None and tap == "spatial" and known.spatial is not None:
+            return Statistics(*known.spatial, known.count, where=known.where)
+        rows = None if self.samples is None else self.samples.taps.get(f"{space}/{tap}")
+        if rows is None or len(rows) < 2:
+            return None
+        return Statistics.of_moments(Moments.of(rows), where="the reference images")
+
+    def keys(self) -> Tensor:
+        """Content keys of the real samples, to find copies; empty where unknown."""
+        return torch.empty(0, dtype=torch.int64) if self.samples is None else self.samples.keys
+
+
+def statistics_for(
+    extractor: Extractor, where: str | Path | None, *, force: bool = False
+) -> tuple[Statistics, list[str]]:
+    """Read statistics and check that they belong to ``extractor``.
+
+    Args:
+        extractor: the samples go through.
+        where: the file; None takes the embedded CIFAR-10 test set.
+        force: accept statistics of another extractor.
+
+    Returns:
+        The statistics, and remarks for the result.
+
+    Raises:
+        ValueError: if the file is unreadable, or belongs to another extractor and ``force`` is not
+            set.
+    """
+    if where is None:
+        if extractor.space != "cifar":
+            raise ValueError(
+                f"there are no embedded statistics for the space {extractor.space!r}; pass a "
+                "reference: real images, or statistics made by `evaluate.py stats`"
+            )
+        where = EMBEDDED
+    edm2_space = {"inception": "fid", "dinov2": "fd_dinov2"}.get(extractor.space)
+    found = read_statistics(where, space=edm2_space)
+    if found.extractor is None:
+        guess = _KNOWN_SIZES.get(found.dim, "an unknown space")
+        remark = (
+            f"{where} does not say which extractor made it; with {found.dim} dimensions it is "
+            f"taken for {guess}, and compared with {extractor.id}"
+        )
+        return found, [remark]
+    if found.extractor != extractor.id and not force:
+        raise ValueError(
+            f"{where} was made with the extractor {found.extractor}, but the samples go through "
+            f"{extractor.id}; distances between the two mean nothing. Make new statistics with "
+            "`evaluate.py stats`, or pass --force"
+        )
+    remarks = (
+        [] if found.extractor == extractor.id else [f"{where} is of another extractor (--force)"]
+    )
+    return found, remarks
+
+
+def statistics_of(
+    samples: FeatureSet, extractor: Extractor, *, rows: int | None = 0, **header: object
+) -> Statistics:
+    """Statistics of real samples, ready to be written.
+
+    Args:
+        samples: from ``extract``.
+        extractor: they went through.
+        rows: how many feature rows to keep for precision, recall and kernel distances: 0 for none,
+            None for all. They are the first in the order of content, so a random subset.
+        header: further entries of the file's header.
+    """
+    ordered = samples.canonical()
+    features = ordered.taps[f"{extractor.space}/features"]
+    spatial = ordered.taps.get(f"{extractor.space}/spatial")
+    kept = slice(None) if rows is None else slice(rows)
+    with_rows = rows is None or rows > 0
+    known = bool((ordered.labels >= 0).all())
+    # Written as float16: the moments are those of the rows as they were.
+    moments = None if spatial is None else Moments.of(spatial)
+    return Statistics.of_moments(
+        Moments.of(features),
+        extractor=extractor.id,
+        features=features[kept] if with_rows else None,
+        labels=ordered.labels[kept] if with_rows and known else None,
+        spatial=None if moments is None else (moments.mean, moments.covariance),
+        header={"space": extractor.space, **header},
+    )
+
+
+def find_extractor(extractors: Sequence[Extractor], space: str) -> Extractor:
+    """The extractor of a space.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for extractor in extractors:
+        if extractor.space == space:
+            return extractor
+    raise ValueError(f"no extractor for the space {space!r} among {[e.space for e in extractors]}")

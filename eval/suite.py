@@ -1,0 +1,211 @@
+"""All metrics in one feature pass, in any order and over any number of ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .decode import as_uint8
+from .extractors import Extractor, cifar_extractor
+from .features import FeatureSet, extract
+from .findings import findings
+from .gather import gathered
+from .reference import Reference, statistics_for
+from .report import EvalResult, Score
+from .scores import DEFAULT_METRICS, METRICS, CannotScore, Inputs
+from .settings import Settings, protocol
+from .stats import Statistics
+
+
+class EvalSuite:
+    """Feed images, then ``compute`` every metric at once.
+
+    Results do not depend on the order of samples, how they are batched, or how many ranks share
+    them: whatever needs an order takes that of the samples' content.
+
+    Args:
+        metrics: names from ``scores.METRICS``.
+        extractors: one or several; the embedded CIFAR-10 network by default. Each runs once.
+        settings: a protocol's name, or ``Settings``.
+        reference: statistics (a file or ``Statistics``) for the first extractor. None takes the
+            embedded CIFAR-10 test set if the extractor is the embedded one; real images may be fed
+            by ``update(..., real=True)`` instead, and then replace it.
+        force: accept statistics of another extractor.
+
+    Raises:
+        ValueError: on an unknown metric or protocol, or statistics that do not fit.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str] = DEFAULT_METRICS,
+        *,
+        extractors: Sequence[Extractor] | Extractor | None = None,
+        settings: str | Settings = "default",
+        reference: str | Path | Statistics | None = None,
+        force: bool = False,
+    ) -> None:
+        unknown = [name for name in metrics if name not in METRICS]
+        if unknown or not metrics:
+            raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {unknown or 'none'}")
+        if extractors is None:
+            extractors = [cifar_extractor()]
+        self.extractors = [extractors] if isinstance(extractors, Extractor) else list(extractors)
+        self.metrics = tuple(metrics)
+        self.settings = protocol(settings) if isinstance(settings, str) else settings
+        self._fake: list[FeatureSet] = []
+        self._real: list[FeatureSet] = []
+        # What sync() has already brought to every rank must not be gathered twice.
+        self._shared_fake: list[FeatureSet] = []
+        self._shared_real: list[FeatureSet] = []
+        self._statistics: dict[str, Statistics] = {}
+        self._notes: list[str] = []
+        self._seconds = 0.0
+        if reference is not None:
+            self.set_reference(reference, force=force)
+
+    def set_reference(self, reference: str | Path | Statistics, *, force: bool = False) -> None:
+        """Compare with statistics, in the space of the first extractor.
+
+        Raises:
+            ValueError: if they cannot be read or belong to another extractor.
+        """
+        first = self.extractors[0]
+        if not isinstance(reference, Statistics):
+            reference, notes = statistics_for(first, reference, force=force)
+            self._notes += notes
+        self._statistics[first.space] = reference
+
+    def update(
+        self,
+        images: Tensor | list[Tensor],
+        *,
+        labels: Tensor | Sequence[int] | None = None,
+        index: Tensor | Sequence[int] | None = None,
+        real: bool = False,
+    ) -> None:
+        """Add images: uint8, or floats in [0, 1], (B, 3, H, W) or a list of (3, H, W).
+
+        Args:
+            images: an empty batch is welcome.
+            labels: shape (B,), the classes that the samples were asked to show.
+            index: shape (B,), the caller's numbers; repeats (a loader's padding) count once.
+            real: the images are real ones, for the reference.
+
+        Raises:
+            TypeError: if images are of another integer type.
+            ValueError: if floats leave [0, 1], labels do not fit, or features are not finite.
+        """
+        if len(images) == 0:
+            return
+        start = time.perf_counter()
+        rule = self.settings.quantise
+        images = (
+            as_uint8(images, quantise=rule)
+            if isinstance(images, Tensor)
+            else [as_uint8(image, quantise=rule) for image in images]
+        )
+        found = extract(images, self.extractors, labels=_ints(labels), index=_ints(index))
+        self.add(found, real=real)
+        self._seconds += time.perf_counter() - start
+
+    def add(self, features: FeatureSet, *, real: bool = False) -> None:
+        """Add features that were extracted before (from a cache, or by another suite)."""
+        (self._real if real else self._fake).append(features)
+
+    def merge_state(self, other: EvalSuite) -> None:
+        """Add everything that another suite has seen.
+
+        Raises:
+            ValueError: if it uses other extractors.
+        """
+        mine, theirs = [e.id for e in self.extractors], [e.id for e in other.extractors]
+        if mine != theirs:
+            raise ValueError(f"cannot merge a suite with extractors {theirs} into one with {mine}")
+        self._fake += other._shared_fake + other._fake
+        self._real += other._shared_real + other._real
+        self._statistics = {**other._statistics, **self._statistics}
+
+    def sync(self) -> None:
+        """Share all samples among the ranks of ``torch.distributed``; a rank may have none.
+
+        Afterwards every rank holds the same samples and computes the same numbers. Without a
+        process group nothing happens.
+        """
+        self._shared_fake.append(gathered(FeatureSet.join(self._fake)))
+        self._shared_real.append(gathered(FeatureSet.join(self._real)))
+        self._fake, self._real = [], []
+
+    def reset(self, *, keep_reference: bool = False) -> None:
+        """Forget the generated samples, and the real ones unless ``keep_reference``."""
+        self._fake, self._shared_fake, self._seconds = [], [], 0.0
+        if not keep_reference:
+            self._real, self._shared_real, self._statistics, self._notes = [], [], {}, []
+
+    def compute(self) -> EvalResult:
+        """Every metric over everything seen so far; metrics that lack something say so.
+
+        Raises:
+            ValueError: if no generated sample was added.
+        """
+        fake = FeatureSet.join(self._shared_fake + self._fake).canonical()
+        if len(fake) == 0:
+            raise ValueError("no samples to evaluate: call update() with generated images first")
+        start = time.perf_counter()
+        reference = self._reference()
+        scores: dict[str, Score] = {}
+        skipped: dict[str, str] = {}
+        warnings = [*self._notes, *findings(fake, reference, self.settings)]
+        per_class: dict[str, list[float]] = {}
+        for position, extractor in enumerate(self.extractors):
+            given = Inputs(
+                fake, reference, extractor.space, self.settings, position == 0,
+                bool(extractor.class_names),
+            )  # fmt: skip
+            for name in self.metrics:
+                if name == "colour" and position:
+                    continue
+                try:
+                    scores.update({score.name: score for score in METRICS[name](given)})
+                except CannotScore as reason:
+                    skipped[name if position == 0 else f"{name}-{extractor.space}"] = str(reason)
+            warnings += given.warnings
+            per_class |= given.per_class
+        meta = self._meta(fake, reference, time.perf_counter() - start)
+        return EvalResult(scores, meta, warnings, skipped, per_class)
+
+    def _reference(self) -> Reference:
+        real = FeatureSet.join(self._shared_real + self._real).canonical()
+        if len(real):
+            return Reference(real, dict(self._statistics))
+        first = self.extractors[0]
+        if not self._statistics and first.space == "cifar":
+            self._statistics[first.space], notes = statistics_for(first, None)
+            self._notes += notes
+        return Reference(None, dict(self._statistics))
+
+    def _meta(self, fake: FeatureSet, reference: Reference, seconds: float) -> dict[str, object]:
+        known = self._statistics.get(self.extractors[0].space)
+        n_real = len(reference.keys()) or (known.count if known is not None else None)
+        return {
+            "n_fake": len(fake),
+            "n_real": n_real,
+            "reference": "images" if reference.samples is not None else (known and known.where),
+            "reference_header": known.header if known is not None else {},
+            "settings": asdict(self.settings),
+            "extractors": {e.space: e.id for e in self.extractors},
+            "weights": {e.space: e.digest for e in self.extractors},
+            "versions": {"torch": torch.__version__},
+            "seconds": {"features": self._seconds, "metrics": seconds},
+        }
+
+
+def _ints(values: Tensor | Sequence[int] | None) -> Tensor | None:
+    if values is None or isinstance(values, Tensor):
+        return values
+    return torch.tensor(list(values), dtype=torch.int64)
