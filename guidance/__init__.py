@@ -4,6 +4,7 @@ from .apg import AdaptiveProjectedGuidance as AdaptiveProjectedGuidance
 from .apg import adaptive_projected as adaptive_projected
 from .cfg import ClassifierFreeGuidance as ClassifierFreeGuidance
 from .cfg import classifier_free as classifier_free
+from .cfgmp import ManifoldProjectedGuidance as ManifoldProjectedGuidance
 from .interval import GuidanceInterval as GuidanceInterval
 from .schedule import CosineScale as CosineScale
 from .schedule import LinearScale as LinearScale
@@ -16,6 +17,7 @@ __all__ = [
     "CosineScale",
     "GuidanceInterval",
     "LinearScale",
+    "ManifoldProjectedGuidance",
     "ScaleSchedule",
     "adaptive_projected",
     "classifier_free",
