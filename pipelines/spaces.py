@@ -74,7 +74,8 @@ class Space:
 
     def _over_x(self) -> Tensor:
         if self._scaled_x is None:
-            self._scaled_x = widen(self.x) * self.a if self.a != 1 else widen(self.x)
+            unscaled = isinstance(self.a, float) and self.a == 1
+            self._scaled_x = widen(self.x) if unscaled else widen(self.x) * self.a
         return self._scaled_x
 
 

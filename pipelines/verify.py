@@ -125,7 +125,7 @@ def resolve(
         _check_options(pipe)
         fit = fit_pair(output, *pair)
     if not fit.linear:
-        raise ValueError(_hidden(pipe, fit, len(pair)))
+        raise ValueError(_hidden(pipe, fit, len(pair), calls))
     if sign is not None and fit.decided and fit.sign != sign:
         raise ValueError(
             f"sign={sign} was given, but the pipeline applies {fit.sign}; leave sign out"
@@ -154,19 +154,18 @@ def _check_options(pipe: Any) -> None:
         )
 
 
-def _hidden(pipe: Any, fit: Fit, count: int) -> str:
-    mixed = (
-        f"{fit.first_weight:.4g} * first + {fit.second_weight:.4g} * second"
-        if count == 2
-        else f"{fit.second_weight:.4g} * prediction"
-    )
+def _hidden(pipe: Any, fit: Fit, count: int, calls: int) -> str:
+    mixed = f"{fit.second_weight:.4g} * prediction"
+    if count == 2:
+        mixed = f"{fit.first_weight:.4g} * first + {fit.second_weight:.4g} * second"
+    order, sign = default_order(pipe, calls), default_sign(pipe)
     return (
         f"{type(pipe).__name__} does more with its predictions than linear guidance: what it "
-        f"passes to the scheduler is {mixed} up to a relative rest of {fit.residual:.1e}, "
-        f"where rounding explains {fit.rounding:.0e} and the weights must add up to 1 or -1. "
-        f"The rule would silently replace that. Remedy: {remedy(pipe)}. If the rule shall "
-        "replace it, say what the predictions are: steer(pipe, rule, order='uc', sign=1), "
-        "where 'uc' means unconditional first"
+        f"passes to the scheduler is {mixed} up to a relative rest of {fit.residual:.1e}, where "
+        f"rounding explains {fit.rounding:.0e} and the weights must add up to 1 or -1. The rule "
+        f"would silently replace that. Remedy: {remedy(pipe)}. If the rule shall replace it, say "
+        f"so with steer(pipe, rule, order={order!r}, sign={sign}): 'uc' means that the "
+        "unconditional prediction comes first, sign=-1 that the pipeline negates"
     )
 
 

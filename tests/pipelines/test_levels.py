@@ -1,0 +1,214 @@
+"""The noise level that steer reads off a scheduler, against what the scheduler itself makes of it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from scheduler_configs import CONFIGS, Config
+from torch import Tensor
+
+from diffsteer.core import Kind, Level, from_denoised, to_denoised
+from diffsteer.pipelines import Reading, noise_level
+from diffsteer.pipelines.levels import LevelReader, solver_stage, solver_steps
+from diffsteer.pipelines.spaces import Space
+
+pytestmark = [  # of diffusers (KDPM2) and of torchsde
+    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Should have tb:UserWarning"),
+]
+
+STEPS = 6
+ids = [config.name for config in CONFIGS]
+
+
+def walk(scheduler: Any, steps: int = STEPS) -> Any:
+    """Run the scheduler; yields (timestep, sample) and is sent what to pass to ``step``."""
+    generator = torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(2, 4, 5, 5, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        output = yield t, x
+        x = scheduler.step(output, t, x).prev_sample
+    yield None, x
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=ids)
+def test_denoised_is_the_schedulers_own(config: Config) -> None:
+    scheduler, generator = config.build(), torch.Generator().manual_seed(1)
+    run = walk(scheduler)
+    t, x = next(run)
+    compared = 0
+    while t is not None:
+        reading = noise_level(scheduler, t)
+        output = torch.randn(x.shape, generator=generator)
+        ours = Space(reading, x).denoised(output)
+        theirs = own_denoised(scheduler, output, t, x)
+        if theirs is not None:
+            if config.scheduler.startswith("DEIS"):  # it integrates the noise instead
+                alpha, sigma = reading.level.over(x)
+                ours = (x - alpha * ours) / sigma
+            compared += 1
+            # Both are sums that nearly cancel at high noise: to rounding of the larger term.
+            scale = max(float(theirs.norm()), float(x.norm()))
+            assert float((ours - theirs).norm()) <= 1e-6 * scale
+        t, x = run.send(output)
+    assert compared or config.scheduler.startswith(("PNDM", "FlowMatch"))
+
+
+def own_denoised(scheduler: Any, output: Tensor, t: Tensor, x: Tensor) -> Tensor | None:
+    """What the scheduler takes for the clean sample (DEIS: the noise), by its own code."""
+    if hasattr(scheduler, "convert_model_output"):
+        return scheduler.convert_model_output(output, sample=x)
+    return _from_step(scheduler, output, t, x)
+
+
+def _from_step(scheduler: Any, output: Tensor, t: Tensor, x: Tensor) -> Tensor | None:
+    """The clean sample out of a trial step on a copy of the scheduler."""
+    taken = copy.deepcopy(scheduler).step(output, t, x)
+    if getattr(taken, "pred_original_sample", None) is not None:
+        return taken.pred_original_sample
+    if type(scheduler).__name__ == "LCMScheduler":
+        skip, out = scheduler.get_scalings_for_boundary_condition_discrete(t)
+        return (taken.denoised - skip * x) / out
+    if type(scheduler).__name__ == "TCDScheduler":
+        return _out_of_tcd(scheduler, taken.pred_noised_sample, output, t, x)
+    return None
+
+
+def _out_of_tcd(scheduler: Any, noised: Tensor, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    # noised = sqrt(a_s) * clean + sqrt(1 - a_s) * noise at the timestep s that TCD looks ahead to
+    index = scheduler.step_index + 1
+    ahead = scheduler.timesteps[index] if index < len(scheduler.timesteps) else torch.tensor(0)
+    a_s = scheduler.alphas_cumprod[int((1 - 0.3) * ahead)]
+    a_t = scheduler.alphas_cumprod[t]
+    eps = scheduler.config.prediction_type == "epsilon"
+    noise = output if eps else a_t.sqrt() * output + (1 - a_t).sqrt() * x
+    return (noised - (1 - a_s).sqrt() * noise) / a_s.sqrt()
+
+
+# DEIS, SASolver and TCD end at a small noise level; they are compared above.
+TO_ZERO = [c for c in CONFIGS if not c.scheduler.startswith(("DEIS", "SASolver", "TCD"))]
+
+
+@pytest.mark.parametrize("config", TO_ZERO, ids=[config.name for config in TO_ZERO])
+def test_a_perfect_model_of_one_point_ends_there(config: Config) -> None:
+    """With all data in one point the denoised sample is that point at every level, and every solver
+    ends on it: a wrong level at the last evaluations would miss."""
+    scheduler = config.build()
+    run = walk(scheduler)
+    t, x = next(run)
+    point = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
+    while t is not None:
+        kind, level, sign = noise_level(scheduler, t)
+        t, x = run.send(sign * from_denoised(point, kind, x, level))
+    # PNDM stops at the smallest level of its table.
+    assert float((x - point).abs().max()) < (0.2 if "PNDM" in config.scheduler else 1e-3)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=ids)
+def test_steps_and_stages_are_counted(config: Config) -> None:
+    scheduler = config.build()
+    run = walk(scheduler)
+    t, x = next(run)
+    noise_level(scheduler, t)
+    count, opened = solver_steps(LevelReader(scheduler), t), 0
+    while t is not None:
+        opened += solver_stage(scheduler) == 0
+        t, x = run.send(torch.zeros_like(x))
+    assert count == opened == STEPS
+
+
+def test_image_to_image_counts_the_steps_that_are_left() -> None:
+    for name, begin in (("HeunDiscreteScheduler", 4), ("EulerDiscreteScheduler", 2)):
+        scheduler = getattr(diffusers, name)()
+        scheduler.set_timesteps(STEPS)
+        scheduler.set_begin_index(begin)
+        t = scheduler.timesteps[begin]
+        noise_level(scheduler, t)
+        assert solver_steps(LevelReader(scheduler), t) == STEPS - 2
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    assert solver_steps(LevelReader(scheduler), scheduler.timesteps[2]) == STEPS - 2
+
+
+def test_levels_are_scalars_on_the_cpu_and_tables_follow_the_scheduler() -> None:
+    scheduler = diffusers.EulerDiscreteScheduler()
+    reader = LevelReader(scheduler)
+    for steps in (3, 5):
+        scheduler.set_timesteps(steps)
+        level = reader.read(scheduler.timesteps[0]).level
+        assert level.sigma.shape == () and level.sigma.device.type == "cpu"
+        assert float(level.sigma) == float(scheduler.sigmas[0])
+        assert len(reader.table("sigmas")) == steps + 1
+
+
+def test_a_scheduler_of_ones_own_says_its_level() -> None:
+    class Own:
+        config: dict[str, Any] = {}
+
+        def noise_level(self, timestep: float) -> tuple[Kind, Level]:
+            return Kind.DENOISED, Level.ve(timestep)
+
+    reading = noise_level(Own(), 3.0)
+    assert reading.kind == Kind.DENOISED and float(reading.level.sigma) == 3.0 and reading.sign == 1
+
+
+@pytest.mark.parametrize(
+    "scheduler, text",
+    [
+        (lambda: diffusers.DDIMInverseScheduler(), "noise_level"),
+        (lambda: diffusers.CMStochasticIterativeScheduler(), "does not know"),
+        (
+            lambda: diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"),
+            "use_flow_sigmas",
+        ),
+        (lambda: diffusers.DDIMScheduler(prediction_type="other"), "prediction_type='other'"),
+    ],
+)
+def test_unknown_schedulers_are_refused(scheduler: Any, text: str) -> None:
+    made = scheduler()
+    made.set_timesteps(4)
+    with pytest.raises(NotImplementedError, match=text):
+        noise_level(made, made.timesteps[0])
+
+
+def test_noise_without_signal_is_refused_by_the_conversion() -> None:
+    level = Level(0.0, 1.0)
+    x = torch.ones(1, 2)
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        Space(Reading(Kind.NOISE, level), x).check()
+    Space(Reading(Kind.V, level), x).check()
+
+
+@pytest.mark.parametrize(
+    "kind, level",
+    [
+        (Kind.NOISE, Level.vp(0.3)),
+        (Kind.V, Level.vp(0.7)),
+        (Kind.V_VE, Level.ve(2.0)),
+        (Kind.VELOCITY, Level.flow(0.4)),
+        (Kind.VELOCITY, Level.flow(torch.tensor([0.2, 0.9]))),
+        (Kind.DENOISED, Level.ve(2.0)),
+        (Kind.edm(0.5), Level.ve(0.01)),
+    ],
+)
+@pytest.mark.parametrize("moved", [False, True])
+def test_space_and_core_agree(kind: Kind, level: Level, moved: bool) -> None:
+    x, out, guided = torch.randn(3, 2, 4, 4).unbind(0)
+    space = Space(Reading(kind, level), x)
+    cond = space.denoised(out)
+    torch.testing.assert_close(cond, to_denoised(out, kind, x, level))
+    other = x + 0.1 * torch.randn_like(x) if moved else None
+    made = space.output(guided, out, cond, other)
+    torch.testing.assert_close(
+        made,
+        from_denoised(guided, kind, x if other is None else other, level),
+        rtol=1e-4,
+        atol=1e-4,
+    )
