@@ -54,6 +54,8 @@ class Step:
         evaluate_weak: how to evaluate another model on the same inputs; used through ``weak``.
         moved: the sample that ``move`` put in the place of ``x``, or None.
         next_level: the level the solver is about to step to, or None where the adapter cannot tell.
+        recorded: how to read an argument of the pipeline's own denoiser call; set by the adapter,
+            used through ``argument``.
     """
 
     x: Tensor
@@ -69,6 +71,7 @@ class Step:
     evaluate_weak: Callable[..., Tensor] | None = None
     moved: Tensor | None = None
     next_level: Level | None = None
+    recorded: Callable[[str, Branch], Any] | None = None
 
     def need_uncond(self, who: str) -> Tensor:
         """The unconditional prediction, or an error that says how to get one.
@@ -118,6 +121,22 @@ class Step:
                 "steer(pipe, rule, weak=weak_transformer)"
             )
         return self.evaluate_weak(model, branch=branch, **overrides)
+
+    def argument(self, name: str, branch: Branch = "cond") -> Any:
+        """An argument of the pipeline's own denoiser call, e.g. ``class_labels``, shape (B, ...).
+
+        Args:
+            name: as the denoiser's ``forward`` calls it.
+            branch: whose rows.
+
+        Raises:
+            MissingPrediction: if the adapter has no such record, or the call no such argument.
+        """
+        if self.recorded is None:
+            raise MissingPrediction(
+                f"this step does not know the model's argument {name!r}; give it to the rule itself"
+            )
+        return self.recorded(name, branch)
 
     def move(self, x: Tensor) -> None:
         """Replace the noisy sample before the solver takes its step (manifold projection).
