@@ -133,11 +133,11 @@ def commands(page: Path) -> Iterator[str]:
 
 
 @cache
-def help_of(script: str) -> str:
-    """What ``python SCRIPT --help`` prints, from this process: importing torch again is slow."""
+def help_of(script: str, *words: str) -> str:
+    """What ``python SCRIPT WORDS --help`` prints, without a process: importing torch is slow."""
     shown = io.StringIO()
     before, folder = sys.argv, str((ROOT / script).parent)
-    sys.argv = [script, "--help"]
+    sys.argv = [script, *words, "--help"]
     sys.path.insert(0, folder)  # what the interpreter does for a script
     try:
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as stop:
@@ -149,19 +149,15 @@ def help_of(script: str) -> str:
     return shown.getvalue()
 
 
-def scripts_named() -> dict[str, set[str]]:
-    """Each script that a page calls, with the flags that the pages give it."""
-    found: dict[str, set[str]] = {}
-    for page in PAGES:
-        for command in commands(page):
-            words = shlex.split(command, comments=True)
-            calls = [
-                i for i, w in enumerate(words) if re.fullmatch(r"(scripts|benchmarks)/\w+\.py", w)
-            ]
-            for i in calls:
-                flags = {w.partition("=")[0] for w in words[i + 1 :] if w.startswith("--")}
-                found.setdefault(words[i], set()).update(flags)
-    return found
+def calls_in(page: Path) -> Iterator[tuple[tuple[str, ...], set[str]]]:
+    """Each call of a script in the commands of ``page``: script and sub-command, and its flags."""
+    for command in commands(page):
+        words = shlex.split(command, comments=True)
+        for place, word in enumerate(words):
+            if re.fullmatch(r"(scripts|benchmarks)/\w+\.py", word):
+                flags = {w.partition("=")[0] for w in words[place:] if w.startswith("--")}
+                sub = [w for w in words[place + 1 : place + 2] if re.fullmatch(r"[a-z]+", w)]
+                yield (word, *sub), flags
 
 
 def test_every_script_and_file_that_a_page_names_is_there() -> None:
@@ -176,9 +172,10 @@ def test_every_script_and_file_that_a_page_names_is_there() -> None:
 
 def test_every_flag_that_a_page_shows_exists() -> None:
     wrong = []
-    for script, flags in scripts_named().items():
-        known = set(re.findall(r"--[\w-]+", help_of(script)))
-        wrong += [f"{script} has no {flag}" for flag in sorted(flags - known)]
+    for page in PAGES:
+        for call, flags in calls_in(page):
+            known = set(re.findall(r"--[\w-]+", help_of(*call)))
+            wrong += [f"{name_of(page)}: {' '.join(call)} has no {f}" for f in flags - known]
     assert not wrong
 
 
