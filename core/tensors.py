@@ -66,12 +66,15 @@ def sample_norm(a: Tensor, weight: Tensor | None = None) -> Tensor:
     if a.ndim == 1:
         return a.abs()
     flat = a.flatten(1)
-    whole = flat.shape[1] // _BLOCK * _BLOCK
-    if a.device.type != "cpu" or whole <= _BLOCK:
-        return torch.linalg.vector_norm(flat, dim=1)
+    blocks, rest = divmod(flat.shape[1], _BLOCK)
+    if not a.is_cpu or blocks < 2:
+        return _norm(flat)
     # On the CPU one long float32 sum loses four digits over a video latent; sums of blocks do not.
-    norms = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, _BLOCK)), dim=2)
-    if whole < flat.shape[1]:
-        rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True)
-        norms = torch.cat([norms, rest], 1)
-    return torch.linalg.vector_norm(norms, dim=1)
+    whole = flat[:, :-rest] if rest else flat
+    norms = _norm(whole.view(-1, blocks, _BLOCK))
+    return _norm(torch.cat([norms, _norm(flat[:, -rest:])[:, None]], 1) if rest else norms)
+
+
+def _norm(rows: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return norm

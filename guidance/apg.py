@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..core.step import Step
 from ..core.tensors import per_sample, sample_dot, sample_norm, widen
-from .checks import check_choice, check_number
+from .checks import check_choice, check_number, check_pair
 from .schedule import Scale, check_scale, scale_at
 
 Form = Literal["paper", "uncond"]
+_TINY = 1e-30  # keeps 0 / 0 out; far below any norm that float32 can tell from 0
 BufferPolicy = Literal["per_step", "per_eval"]
 Space = Literal["denoised", "output"]
 
@@ -61,27 +62,29 @@ def adaptive_projected(
     the data follows the products. With ``form="paper"``, ``eta=1``, no radius and no momentum this
     is classifier-free guidance up to rounding.
     """
-    base, start = widen(cond), widen(uncond)
-    difference = base - start
+    check_pair(cond, uncond)
+    axis, start = widen(cond).flatten(1), widen(uncond).flatten(1)  # (B, d) from here on
+    weight = None if weight is None else weight.expand(cond.shape).flatten(1)
+    difference = axis - start
     if previous is not None and momentum != 0:
-        difference.add_(previous, alpha=momentum)
-    axis, origin = (base, base) if form == "paper" else (base, start)
-    push: float | Tensor = scale - 1 if form == "paper" else scale
-    if isinstance(push, Tensor):
-        push = per_sample(push.to(cond.device, base.dtype), cond)
-    if radius < math.inf:
-        norm = per_sample(sample_norm(difference, weight), cond)
-        push = push * (radius / norm.clamp_min(1e-30)).clamp_max(1)
-    if eta != 1:
-        square = sample_dot(axis, axis, weight).clamp_min(1e-30)
-        along = per_sample(sample_dot(difference, axis, weight) / square, cond)
-        pull = push * ((eta - 1) * along)
-        origin = torch.addcmul(origin, axis, pull)
-    if isinstance(push, Tensor):
-        guided = torch.addcmul(origin, difference, push)
+        difference.add_(previous.flatten(1), alpha=momentum)
+    amount = scale - 1 if form == "paper" else scale
+    if isinstance(amount, Tensor):
+        push = per_sample(amount.to(axis), axis)
     else:
-        guided = torch.add(origin, difference, alpha=push)
-    return guided.to(cond.dtype), difference
+        push = axis.new_full((1, 1), amount)  # filled on the device: a copied scalar would sync
+    if radius < math.inf:
+        norm = sample_norm(difference, weight).clamp_min(_TINY)
+        push = push * norm.reciprocal().mul(radius).clamp_max(1)[:, None]
+    guided = axis if form == "paper" else start
+    if eta == 1:
+        guided = torch.addcmul(guided, difference, push)
+    else:
+        square = sample_norm(axis, weight).square().clamp_min(_TINY)
+        along = sample_dot(difference, axis, weight) / square
+        pull = push * ((eta - 1) * along[:, None])
+        guided = torch.addcmul(guided, axis, pull).addcmul_(difference, push)
+    return guided.to(cond.dtype).view(cond.shape), difference.view(cond.shape)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.step import Step
 from ..core.tensors import per_sample
+from .checks import check_pair
 from .schedule import Scale, check_scale, scale_at
 
 
@@ -28,8 +29,9 @@ def classifier_free(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tens
         The guided prediction, shape and dtype of ``cond``.
 
     Raises:
-        ValueError: if a tensor ``scale`` has any other shape.
+        ValueError: if the predictions differ in shape, or a tensor ``scale`` has any other shape.
     """
+    check_pair(cond, uncond)
     if isinstance(scale, Tensor):
         scale = per_sample(scale.to(cond.device), cond)
     return (uncond + scale * (cond - uncond)).to(cond.dtype)

@@ -6,6 +6,8 @@ import math
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 
 def check_number(
     name: str,
@@ -47,6 +49,19 @@ def check_number(
         left = "(" if open_low else "["
         right = "]" if (infinite or high < math.inf) and not open_high else ")"
         raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value}; {remedy}")
+
+
+def check_pair(cond: Tensor, uncond: Tensor) -> None:
+    """Refuse predictions of different shapes, which PyTorch would broadcast in silence.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if cond.shape != uncond.shape:
+        raise ValueError(
+            "the two predictions must have the same shape, got "
+            f"{tuple(cond.shape)} (conditional) and {tuple(uncond.shape)} (unconditional)"
+        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
