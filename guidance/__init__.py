@@ -5,6 +5,7 @@ from .apg import adaptive_projected as adaptive_projected
 from .cfg import ClassifierFreeGuidance as ClassifierFreeGuidance
 from .cfg import classifier_free as classifier_free
 from .cfgmp import ManifoldProjectedGuidance as ManifoldProjectedGuidance
+from .gfcg import GradientFreeClassifierGuidance as GradientFreeClassifierGuidance
 from .interval import GuidanceInterval as GuidanceInterval
 from .schedule import CosineScale as CosineScale
 from .schedule import LinearScale as LinearScale
@@ -15,6 +16,7 @@ __all__ = [
     "AdaptiveProjectedGuidance",
     "ClassifierFreeGuidance",
     "CosineScale",
+    "GradientFreeClassifierGuidance",
     "GuidanceInterval",
     "LinearScale",
     "ManifoldProjectedGuidance",

@@ -1,0 +1,282 @@
+"""Gradient-free classifier guidance, a reconstruction (after arXiv 2411.15393).
+
+Only the abstract of the paper and one description of its method could be read: a classifier in
+inference mode names, at every step, a reference class and a guidance scale. Everything else here is
+reconstructed from the identity ``denoised_c - denoised_r = sigma^2 / alpha * grad log(p_c / p_r)``,
+which replaces the classifier's gradient by a second denoiser call. Results are to be labelled
+"GFCG-style".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..core.step import Step
+from ..core.tensors import per_sample, widen
+from .checks import check_choice, check_number
+
+Mode = Literal["pair", "top", "miss", "binary", "const"]
+Combine = Literal["alone", "cfg", "switch", "autoguidance"]
+MODES = ("pair", "top", "miss", "binary", "const")
+
+
+def pixels(denoised: Tensor) -> Tensor:
+    """A pixel model's denoised sample as images in [0, 1]: the default ``decode``."""
+    return (denoised.clamp(-1, 1) + 1) / 2
+
+
+def reference_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """The most likely class other than the wanted one, shape (B,).
+
+    Args:
+        logits: raw classifier outputs, (B, K), K > 1.
+        labels: wanted classes, (B,).
+    """
+    masked = logits.scatter(1, labels[:, None], -math.inf)
+    return masked.argmax(1)
+
+
+def confusion(
+    logits: Tensor,
+    labels: Tensor,
+    reference: Tensor,
+    *,
+    mode: Mode = "pair",
+    temperature: float = 1.0,
+) -> Tensor:
+    """How far the classifier is from the wanted class, in [0, 1], shape (B,), float32.
+
+    With p = softmax(logits / temperature), c the wanted and r the reference class: ``"pair"``
+    p_r / (p_c + p_r), the two-class weight, 1/2 at a tie; ``"top"`` p_r, the weight of r in the
+    full classifier gradient; ``"miss"`` 1 - p_c; ``"binary"`` whether any class beats c;
+    ``"const"`` 1. Where the logits are not finite (an image that overflowed) it is 0.
+
+    Args:
+        logits: (B, K).
+        labels: (B,).
+        reference: (B,), from ``reference_class``.
+        mode: see above.
+        temperature: fitted by calibration; an over-confident classifier makes every mode binary.
+    """
+    z = logits.float() / temperature
+    z_c, z_r = (z.gather(1, index[:, None])[:, 0] for index in (labels, reference))
+    if mode == "pair":
+        value = torch.sigmoid(z_r - z_c)
+    elif mode == "top":
+        value = (z_r - z.logsumexp(1)).exp()
+    elif mode == "miss":
+        value = -torch.expm1(z_c - z.logsumexp(1))
+    elif mode == "binary":
+        value = (z_r > z_c).float()
+    else:
+        value = torch.ones_like(z_c)
+    sound = torch.isfinite(logits).all(1)
+    return torch.where(sound, value.clamp(0, 1), torch.zeros_like(value))
+
+
+@dataclass(frozen=True, eq=False)
+class GradientFreeClassifierGuidance:
+    """Push away from the class that a classifier mistakes the sample for, as strongly as it does.
+
+    Args:
+        classifier: images to logits (B, K); called without gradients. A module must be in
+            evaluation mode.
+        scale: lambda, the weight of the class contrast; 0 is off.
+        combine: ``"alone"``: ``cond + scale * phi * (cond - ref)``. ``"cfg"``: the same on top of
+            classifier-free guidance of ``cfg_scale``. ``"switch"``: contrast where phi >=
+            ``threshold``, classifier-free guidance elsewhere. ``"autoguidance"``: guidance of
+            ``cfg_scale`` away from the weak model, which is given the reference class where phi >=
+            ``threshold`` and the wanted class elsewhere; no more evaluations than autoguidance.
+        mode: of ``confusion``.
+        temperature: of ``confusion``.
+        threshold: see ``combine``.
+        dead_zone: phi below this is 0.
+        cfg_scale: see ``combine``.
+        labels: wanted classes in the pipeline's numbering, (B,); None reads them from the
+            pipeline's call.
+        condition: what makes the model conditional on the reference: the name of the denoiser's
+            label argument; or, for a closed set of prompts, a table for each argument,
+            ``{"encoder_hidden_states": (K, tokens, channels), ...}``, indexed by class.
+        label_map: the pipeline's label of each class of the classifier, (K,); None if the same.
+        decode: denoised samples to the classifier's images; ``pixels`` for pixel models.
+        classify_on: ``"cond"``, or ``"previous"``: the last step's guided prediction.
+        every: classify at every n-th step and hold the result in between.
+        hysteresis: keep the last reference unless another is this many times as likely; 1 is off.
+        low: no contrast at this sigma (noise-to-signal ratio) and below; the baseline goes on.
+        high: no contrast above this sigma.
+
+    Raises:
+        TypeError: if the classifier is not callable, or a number is something else.
+        ValueError: if a number is out of range, the classifier is in training mode, or the label
+            map has duplicates.
+
+    Source: arXiv 2411.15393, reconstruction; see the module. In multi-stage solvers the later
+        stages
+    reuse the first stage's classes and weights, so that a step follows one field.
+    """
+
+    classifier: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+    combine: Combine = "alone"
+    mode: Mode = "pair"
+    temperature: float = 1.0
+    threshold: float = 0.5
+    dead_zone: float = 0.0
+    cfg_scale: float = 1.0
+    labels: Tensor | None = None
+    condition: str | Mapping[str, Tensor] = "class_labels"
+    label_map: Tensor | None = None
+    decode: Callable[[Tensor], Tensor] = pixels
+    classify_on: Literal["cond", "previous"] = "cond"
+    every: int = 1
+    hysteresis: float = 1.0
+    low: float = 0.0
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked before a run."""
+        if not callable(self.classifier):
+            raise TypeError(f"classifier must map images to logits, got {self.classifier!r}")
+        if isinstance(self.classifier, nn.Module) and self.classifier.training:
+            raise ValueError("classifier is in training mode; call classifier.eval() first")
+        check_number("scale", self.scale, low=0.0, remedy="0 is off")
+        check_number("cfg_scale", self.cfg_scale, remedy="1 is no guidance")
+        check_number("temperature", self.temperature, low=0.0, open_low=True, remedy="1 is none")
+        check_number("threshold", self.threshold, low=0.0, remedy="phi is in [0, 1]")
+        check_number("dead_zone", self.dead_zone, low=0.0, high=1.0, remedy="0 is off")
+        check_number("every", self.every, low=1, remedy="1 classifies at every step")
+        check_number("hysteresis", self.hysteresis, low=1.0, remedy="1 is off")
+        check_choice("combine", self.combine, ("alone", "cfg", "switch", "autoguidance"))
+        check_choice("mode", self.mode, MODES)
+        check_choice("classify_on", self.classify_on, ("cond", "previous"))
+        if not self.low < self.high:
+            raise ValueError(f"low must be less than high, got low={self.low}, high={self.high}")
+        if not isinstance(self.condition, str) and (self.labels is None or not self.condition):
+            raise ValueError("a table of conditions needs labels, (B,), and at least one argument")
+        if self.label_map is not None and len(set(self.label_map.tolist())) != len(self.label_map):
+            raise ValueError("label_map names a label twice: one class would stand for two")
+
+    commutes = False
+
+    def __call__(self, step: Step) -> Tensor:
+        """The guided prediction, shape of ``step.cond``.
+
+        Raises:
+            MissingPrediction: if a needed prediction, label or weak model is missing.
+            ValueError: if the classifier's output does not fit.
+        """
+        memory = step.memory.setdefault(id(self), {})
+        ratio = step.level.ratio
+        inside = bool(((ratio > self.low) & (ratio <= self.high)).all())
+        if not inside or self.scale == 0:
+            guided = self._baseline(step)
+        else:
+            reference, phi = self._judge(step, memory)
+            guided = self._combine(step, reference, phi)
+        memory["guided"] = guided
+        return guided
+
+    def _baseline(self, step: Step) -> Tensor:
+        if self.combine == "alone" or self.cfg_scale == 1:
+            return step.cond
+        weak = step.weak() if self.combine == "autoguidance" else self._uncond(step)
+        return step.cond + (self.cfg_scale - 1) * (step.cond - weak)
+
+    def _uncond(self, step: Step) -> Tensor:
+        return step.need_uncond(type(self).__name__)
+
+    def _combine(self, step: Step, reference: Tensor, phi: Tensor) -> Tensor:
+        cond, push = step.cond, per_sample(phi, step.cond).to(step.cond.dtype)
+        if self.combine == "autoguidance":
+            confused = phi >= self.threshold
+            label = torch.where(confused, reference, self._labels(step))
+            weak = step.weak(**self._condition(label))
+            return cond + (self.cfg_scale - 1) * (cond - weak)
+        contrast = cond - step.predict(branch="cond", **self._condition(reference))
+        if self.combine == "switch":
+            confused = per_sample(phi >= self.threshold, cond)
+            plain = (self.cfg_scale - 1) * (cond - self._uncond(step))
+            return cond + torch.where(confused, self.scale * push * contrast, plain)
+        guided = cond + self.scale * push * contrast
+        if self.combine == "cfg" and self.cfg_scale != 1:
+            guided = guided + (self.cfg_scale - 1) * (cond - self._uncond(step))
+        return guided
+
+    def _labels(self, step: Step) -> Tensor:
+        """The wanted classes in the pipeline's numbering."""
+        if self.labels is not None:
+            labels = self.labels
+        elif isinstance(self.condition, str):
+            labels = step.argument(self.condition)
+        if labels.shape != (step.cond.shape[0],):
+            raise ValueError(
+                f"labels must have shape ({step.cond.shape[0]},), one a sample, got "
+                f"{tuple(labels.shape)}"
+            )
+        return labels.to(step.cond.device).long()
+
+    def _condition(self, labels: Tensor) -> dict[str, Any]:
+        if isinstance(self.condition, str):
+            return {self.condition: labels}
+        return {name: table.to(labels.device)[labels] for name, table in self.condition.items()}
+
+    def _judge(self, step: Step, memory: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Reference labels in the pipeline's numbering and phi, held between classifications."""
+        held: tuple[Tensor, Tensor] | None = memory.get("verdict")
+        due = step.stage == 0 and step.index % int(self.every) == 0
+        if held is not None and not due and held[1].shape[0] == step.cond.shape[0]:
+            return held
+        sample = memory.get("guided") if self.classify_on == "previous" else None
+        sample = step.cond if sample is None else sample
+        with torch.no_grad():
+            logits = widen(self.classifier(self.decode(sample)))
+            wanted = self._own_labels(self._labels(step), logits, first=held is None)
+            own = self._settle(reference_class(logits, wanted), logits, memory)
+            phi = confusion(logits, wanted, own, mode=self.mode, temperature=self.temperature)
+        phi = torch.where(phi < self.dead_zone, torch.zeros_like(phi), phi)
+        reference = own if self.label_map is None else self.label_map.to(own.device)[own]
+        memory["verdict"] = (reference, phi)
+        return reference, phi
+
+    def _own_labels(self, labels: Tensor, logits: Tensor, *, first: bool) -> Tensor:
+        """The wanted classes in the classifier's numbering; checked once a trajectory."""
+        if logits.ndim != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < 2:
+            raise ValueError(
+                f"classifier must return logits ({labels.shape[0]}, K), one row an image, K > 1, "
+                f"got {tuple(logits.shape)}"
+            )
+        own = labels
+        if self.label_map is not None:
+            if len(self.label_map) != logits.shape[1]:
+                raise ValueError(
+                    f"label_map has {len(self.label_map)} entries for {logits.shape[1]} classes"
+                )
+            same = labels[:, None] == self.label_map.to(labels.device)[None]
+            own = same.long().argmax(1)
+            known = same.any(1)
+        else:
+            known = (labels >= 0) & (labels < logits.shape[1])
+        if first and not bool((known & torch.isfinite(logits).all(1)).all()):
+            if bool(known.all()):
+                raise ValueError("classifier returned NaN or infinity for the first images it saw")
+            raise ValueError(
+                f"labels {labels[~known].tolist()} are no classes of the classifier, which has "
+                f"{logits.shape[1]}; pass label_map"
+            )
+        return own
+
+    def _settle(self, fresh: Tensor, logits: Tensor, memory: dict[str, Any]) -> Tensor:
+        """Keep the last reference unless the new one is clearly more likely."""
+        last = memory.get("own")
+        if self.hysteresis > 1 and last is not None and last.shape == fresh.shape:
+            z = logits.float() / self.temperature
+            gain = (z.gather(1, fresh[:, None]) - z.gather(1, last[:, None]))[:, 0]
+            fresh = torch.where(gain > math.log(self.hysteresis), fresh, last)
+        memory["own"] = fresh
+        return fresh
