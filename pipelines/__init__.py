@@ -13,6 +13,7 @@ from .guiders import BaseGuidance as BaseGuidance  # diffusers looks for it besi
 from .guiders import ClassifierFreeGuider as ClassifierFreeGuider
 from .guiders import RuleGuider as RuleGuider
 from .guiders import attach as attach
+from .guiders import install_guider as install_guider
 from .image_folder import FolderError as FolderError
 from .image_folder import ImageFolder as ImageFolder
 from .image_folder import ImageRequest as ImageRequest

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
+import torch
 from diffusers.guiders import BaseGuidance as BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .apply import apply_rule, autograd_allowed
 from .guider_config import describe, restore
 from .guider_step import read_level, receive
 from .levels import LevelReader, solver_stage
-from .observe import Call, Recorder
+from .observe import Call, first_tensor
 from .trajectory import Trajectory
 
 
@@ -27,8 +28,8 @@ class RuleGuider(BaseGuidance):
     """Any guidance method as a guider.
 
     Args:
-        rule: a guidance method of ``diffsteer.guidance``, or one of your own; or the dictionary that
-            a saved config holds.
+        rule: a guidance method of ``diffsteer.guidance``, or one of your own; or the dictionary
+            that a saved config holds.
         start: share of the steps after which guidance begins, in [0, 1).
         stop: share of the steps after which it ends, in [start, 1]; 1 includes every step.
         enabled: False for the conditional prediction alone.
@@ -75,7 +76,8 @@ class RuleGuider(BaseGuidance):
         self._pipe: weakref.ref[Any] | None = None
         self._now = Trajectory()
         self._reader: LevelReader | None = None
-        self._recorder: Recorder | None = None
+        self._handle: Any = None
+        self._call: Call | None = None
         self._calls: list[Call] = []
         self._latents: Tensor | None = None
         self._branches = 1
@@ -161,15 +163,23 @@ class RuleGuider(BaseGuidance):
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Begin to watch the denoiser; pipelines call it before each branch."""
         super().prepare_models(denoiser)
-        self._recorder = Recorder([denoiser])
-        self._recorder.attach()
+        self._unwatch()  # what a run that broke off has left
+        hook = torch.compiler.disable(self._see)
+        self._handle = denoiser.register_forward_hook(hook, with_kwargs=True)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """Stop watching; pipelines call it after each branch."""
-        if self._recorder is not None:
-            self._calls += self._recorder.take()
-            self._recorder.detach()
-            self._recorder = None
+        if self._call is not None:
+            self._calls.append(self._call)
+        self._unwatch()
+
+    def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._call = Call(module, args, kwargs, first_tensor(output))
+
+    def _unwatch(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._call = None
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
         """Guide one step from the predictions stored in ``data``; pipelines call it."""
@@ -208,13 +218,13 @@ class RuleGuider(BaseGuidance):
         """Write ``guider_config.json``.
 
         Raises:
-            ValueError: if the rule has no form as plain values, being none of ``diffsteer.guidance``.
+            ValueError: if the rule has no form as plain values: it is none of our methods.
         """
         if "rule" in self.config and self.config["rule"] is None:
             raise ValueError(
-                f"{type(self.rule).__name__} cannot be saved: only the methods of diffsteer.guidance, "
-                "with numbers or ramps for arguments, can be written to a config. Make the guider "
-                "again after loading, RuleGuider(rule)"
+                f"{type(self.rule).__name__} cannot be saved: only the methods of "
+                "diffsteer.guidance, with numbers or ramps for arguments, can be written to a "
+                "config. Make the guider again after loading, RuleGuider(rule)"
             )
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 

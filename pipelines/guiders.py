@@ -1,11 +1,10 @@
-"""The guidance methods as components of diffusers pipelines: Modular ones, and classic with a guider.
+"""The guidance methods as components of Modular pipelines, and of classic ones with a guider.
 
-    pipe.update_components(guider=AdaptiveProjectedGuider(guidance_scale=8.0))
-    attach(pipe)
+    install_guider(pipe, AdaptiveProjectedGuider(guidance_scale=8.0))
 
 One adapter serves all rules. It acts in the denoised space like ``steer``: a forward hook, in place
-only while a prediction is made, shows it the sample and lets rules evaluate the model again; the noise
-level comes from the scheduler of the pipeline it is attached to. See ``docs/modular.md``.
+only while a prediction is made, shows it the sample and lets rules evaluate the model again; the
+noise level comes from the scheduler of the pipeline it is attached to. See ``docs/modular.md``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import weakref
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
+from diffusers.modular_pipelines import ComponentSpec
 
 from ..core.step import Guidance
 from ..guidance import (
@@ -46,6 +46,7 @@ class ClassifierFreeGuider(RuleGuider):
     @register_to_config
     def __init__(
         self,
+        *,  # diffusers forgets positional arguments in new() and from_config()
         guidance_scale: float | str = 7.5,
         interval_low: float = 0.0,
         interval_high: float | None = None,
@@ -84,6 +85,7 @@ class AdaptiveProjectedGuider(RuleGuider):
     @register_to_config
     def __init__(
         self,
+        *,  # diffusers forgets positional arguments in new() and from_config()
         guidance_scale: float | str = 8.0,
         eta: float = 0.0,
         radius: float | None = None,
@@ -107,11 +109,49 @@ class AdaptiveProjectedGuider(RuleGuider):
         self._begin_life(_within(rule, interval_low, interval_high), start, stop, enabled)
 
 
+def install_guider(pipe: Any, guider: RuleGuider, name: str = "guider") -> Any:
+    """Put a guider into a pipeline, so that it is attached, and kept by ``pipe.save_pretrained``.
+
+    ``pipe.update_components(guider=...)`` works too, but then diffusers silently leaves the guider
+    out of what is saved, and ``attach`` is left to you.
+
+    Args:
+        pipe: a Modular pipeline, or a classic one with guider components.
+        guider: a guider of ours. Give each component its own.
+        name: of the component; Wan 2.2 has ``"guider"`` and ``"guider_2"``.
+
+    Returns:
+        ``pipe``.
+
+    Raises:
+        TypeError: if ``guider`` is none of ours, or ``pipe`` no pipeline.
+        ValueError: if the pipeline has no such component.
+    """
+    if not isinstance(guider, RuleGuider):
+        raise TypeError(
+            f"guider must be a guider of diffsteer, got {guider!r}; a rule is wrapped first: "
+            "RuleGuider(rule)"
+        )
+    if name not in getattr(pipe, "components", {}):
+        takes = [n for n in getattr(pipe, "components", {}) if "guider" in n]
+        raise ValueError(
+            f"{type(pipe).__name__} has no component {name!r}"
+            + (f", only {', '.join(takes)}" if takes else "; use steer(pipe, rule)")
+        )
+    if not hasattr(pipe, "update_components"):
+        pipe.register_modules(**{name: guider})
+        return attach(pipe)
+    # Modular pipelines save only what they believe to come from files.
+    getattr(pipe, "_component_specs", {})[name] = ComponentSpec(name=name, type_hint=type(guider))
+    pipe.update_components(**{name: guider})
+    return attach(pipe)
+
+
 def attach(pipe: Any) -> Any:
     """Tell the guiders in ``pipe`` where to read the noise level: ``pipe.scheduler``.
 
     Needed for exact levels (and at all, for pipelines that are no flow models, such as SDXL). It is
-    not part of what is saved: call it again after loading, and after ``guider.new()``.
+    not part of what is saved: call it after loading. ``install_guider`` calls it.
 
     Args:
         pipe: a Modular pipeline, or a classic one with guider components.
@@ -129,7 +169,7 @@ def attach(pipe: Any) -> Any:
     if not guiders:
         raise ValueError(
             f"{type(pipe).__name__} has no guider of diffsteer; put one in first: "
-            "pipe.update_components(guider=AdaptiveProjectedGuider(guidance_scale=8.0))"
+            "install_guider(pipe, AdaptiveProjectedGuider(guidance_scale=8.0))"
         )
     for guider in guiders:
         guider._pipe = weakref.ref(pipe)
