@@ -53,7 +53,9 @@ def kernel_distance(
         chunk: rows of a kernel tile; memory is one tile of chunk x chunk float64.
 
     Returns:
-        The value and its standard error (NaN where there are fewer than four rows a side).
+        The value and its standard error (NaN where there are fewer than four rows a side). Where
+        both distributions are the same the statistic is degenerate and the error about twice too
+        large.
 
     Raises:
         ValueError: if a side has fewer than two rows, the widths differ, or a value is not finite.
@@ -61,8 +63,8 @@ def kernel_distance(
     real, fake = _check_pair(real, fake)
     count = max(1, min(blocks, len(real) // 2, len(fake) // 2))
     kernel = {"degree": degree, "gamma": gamma, "coef": coef}
-    tiles = [_block_sums(x, y, count, chunk, kernel) for x, y in
-             ((real, real), (fake, fake), (real, fake))]  # fmt: skip
+    pairs = ((real, None), (fake, None), (real, fake))
+    tiles = [_block_sums(x, y, count, chunk, kernel) for x, y in pairs]
     sizes = [torch.bincount(torch.arange(len(x)) % count, minlength=count).double().to(real.device)
              for x in (real, fake)]  # fmt: skip
     value = _unbiased(tiles, sizes, None)
@@ -120,21 +122,22 @@ def kernel_distance_subsets(
 
 
 def _block_sums(
-    x: Tensor, y: Tensor, blocks: int, chunk: int, kernel: dict[str, float | int | None]
+    x: Tensor, y: Tensor | None, blocks: int, chunk: int, kernel: dict[str, float | int | None]
 ) -> Tensor:
-    """Kernel sums over pairs of blocks, (blocks, blocks); pairs of a row with itself left out."""
+    """Kernel sums over pairs of blocks, (blocks, blocks); ``y`` None: pairs of different ``x``."""
     member_x = _membership(len(x), blocks, x.device)
-    member_y = member_x if x is y else _membership(len(y), blocks, x.device)
+    other = x if y is None else y
+    member_y = _membership(len(other), blocks, x.device)
     sums = torch.zeros(blocks, blocks, dtype=torch.float64, device=x.device)
-    for start in range(0, len(x), chunk):
-        rows = slice(start, start + chunk)
-        for other in range(start if x is y else 0, len(y), chunk):
-            columns = slice(other, other + chunk)
-            tile = polynomial_kernel(x[rows], y[columns], **kernel)  # type: ignore[arg-type]
-            if x is y and start == other:
+    for row in range(0, len(x), chunk):
+        rows = slice(row, row + chunk)
+        for column in range(row if y is None else 0, len(other), chunk):
+            columns = slice(column, column + chunk)
+            tile = polynomial_kernel(x[rows], other[columns], **kernel)  # type: ignore[arg-type]
+            if y is None and row == column:
                 tile.fill_diagonal_(0)
             part = member_x[rows].T @ tile @ member_y[columns]
-            sums += part if x is not y or start == other else part + part.T
+            sums += part if y is not None or row == column else part + part.T
     return sums
 
 
