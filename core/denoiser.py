@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class GuidedDenoiser:
         weak: a weak conditional denoiser (autoguidance), or None.
         level: what a sampler's sigma means; ``Level.ve`` (default) or ``Level.flow``.
         count: number of steps of a trajectory, for rules with schedules.
+        arguments: keywords that the conditional models are called with (class labels, say). Rules
+            read them through ``Step.argument`` and override them through ``Step.predict``.
 
     ``samplers.integrate`` says where trajectories and steps begin. In a loop of your own call
     ``begin()`` before each trajectory, which gives the rule a fresh memory, and ``begin_step()``
@@ -42,9 +44,11 @@ class GuidedDenoiser:
         weak: Denoise | None = None,
         level: Callable[[Tensor], Level] = Level.ve,
         count: int = 1,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self.rule, self.cond, self.uncond, self._weak = rule, cond, uncond, weak
         self.level, self.count = level, count
+        self.arguments = dict(arguments or {})
         self.begin()
 
     def begin(self, count: int | None = None) -> None:
@@ -101,9 +105,18 @@ class GuidedDenoiser:
             evaluate=evaluate,
             evaluate_weak=evaluate_weak,
             next_level=None if following is None else self.level(torch.as_tensor(following)),
+            recorded=self._recorded,
         )
         self.last = step
         return self.rule(step)
+
+    def _recorded(self, name: str, branch: Branch = "cond") -> Any:
+        if branch != "cond" or name not in self.arguments:
+            raise MissingPrediction(
+                f"this GuidedDenoiser was not given the {branch} argument {name!r}; "
+                f"it has {sorted(self.arguments)}; pass arguments={{{name!r}: ...}}"
+            )
+        return self.arguments[name]
 
     def _evaluate(self, x: Tensor, sigma: Tensor, branch: Branch, **overrides: Any) -> Tensor:
         model = self.cond if branch == "cond" else self.uncond
@@ -112,7 +125,7 @@ class GuidedDenoiser:
                 "this GuidedDenoiser has no unconditional model; pass uncond=..."
             )
         self.evaluations += 1
-        return model(x, sigma, **overrides)
+        return model(x, sigma, **(self.arguments | overrides if branch == "cond" else overrides))
 
     def _evaluate_weak(
         self, model: Any, x: Tensor, sigma: Tensor, branch: Branch, **overrides: Any
@@ -123,4 +136,4 @@ class GuidedDenoiser:
         if denoise is None:
             raise MissingPrediction("this GuidedDenoiser has no weak model; pass weak=")
         self.evaluations += 1
-        return denoise(x, sigma, **overrides)
+        return denoise(x, sigma, **(self.arguments | overrides))

@@ -160,7 +160,7 @@ class ManifoldProjectedGuidance:
             uncond=evaluate(None, "uncond"),
             evaluate=evaluate,
         )
-        guided = self.rule(at)
+        guided = self.rule(at).to(step.cond.dtype)
         step.move(moved)
         return guided
 

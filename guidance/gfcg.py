@@ -179,7 +179,7 @@ class GradientFreeClassifierGuidance:
         else:
             reference, phi = self._judge(step, memory)
             guided = self._combine(step, reference, phi)
-        memory["guided"] = guided
+        memory["guided"] = guided.detach()
         return guided
 
     def _baseline(self, step: Step) -> Tensor:
