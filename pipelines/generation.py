@@ -84,6 +84,7 @@ def generate_images(
     overwrite: bool = False,
     state: Any = None,
     progress: bool | None = None,
+    title: str | None = None,
 ) -> Path:
     """Make the images that are not in the folder yet; ``out/run.json`` then says how.
 
@@ -102,6 +103,7 @@ def generate_images(
         overwrite: remove the images of the run that is in the folder, and begin anew.
         state: accelerate's ``PartialState`` when several processes share the work.
         progress: show a progress bar; by default on rank 0 if standard error is a terminal.
+        title: of the progress bar.
 
     Returns:
         The folder.
@@ -123,7 +125,7 @@ def generate_images(
     _wait(state)
     mine = requests[rank::ranks]
     todo = folder.missing(mine)
-    bar = _progress(len(mine), len(todo), rank, progress)
+    bar = _progress(len(mine), len(todo), rank, progress, title)
     with bar, steer(pipe, rule) if rule is not None else nullcontext():
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
@@ -243,9 +245,9 @@ def _wait(state: Any) -> None:
         state.wait_for_everyone()
 
 
-def _progress(total: int, todo: int, rank: int, wanted: bool | None) -> Any:
+def _progress(total: int, todo: int, rank: int, wanted: bool | None, title: str | None) -> Any:
     shown = rank == 0 and (sys.stderr.isatty() if wanted is None else wanted)
-    return tqdm(total=total, initial=total - todo, unit="image", disable=not shown)
+    return tqdm(total=total, initial=total - todo, unit="image", desc=title, disable=not shown)
 
 
 __all__ = ["FolderError", "ImageRequest", "class_table", "generate_images", "plan_images"]

@@ -25,7 +25,7 @@ def image_grid(
         images: all of one size; the last row may be short.
         columns: images in a row.
         heads: a heading above each column; empty for none.
-        rows: a label left of each row, its second line (after a newline) in grey; empty for none.
+        rows: a label left of each row, its further lines in grey; empty for none.
         cell: width of an image in the grid; by default its own, within 96 and 256 pixels, in whole
             multiples where it is enlarged.
         gap: pixels between images.
@@ -77,12 +77,12 @@ def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
 def _row_label(
     draw: ImageDraw.ImageDraw, text: str, right: float, middle: float, bold: Font, small: Font
 ) -> None:
-    first, _, second = text.partition("\n")
-    if not second:
-        draw.text((right, middle), first, fill=INK, font=bold, anchor="rm")
-        return
-    draw.text((right, middle - 2), first, fill=INK, font=bold, anchor="rs")
-    draw.text((right, middle + 4), second, fill=FAINT, font=small, anchor="rt")
+    first, *more = text.split("\n")
+    line = bold.size * 1.3
+    y = middle - line * len(more) / 2
+    draw.text((right, y), first, fill=INK, font=bold, anchor="rm")
+    for index, text in enumerate(more, 1):
+        draw.text((right, y + index * line), text, fill=FAINT, font=small, anchor="rm")
 
 
 def _widest(texts: Sequence[str], font: Font) -> int:

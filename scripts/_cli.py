@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from diffsteer.core import Guidance
 from diffsteer.guidance import GuidanceInterval, ScaleSchedule, parse_scale, rules
@@ -127,6 +128,8 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     With ``--traceback`` among the arguments, errors are raised as they are.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         main(argv)
     except KeyboardInterrupt:
@@ -135,12 +138,18 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     except (ValueError, TypeError, OSError, NotImplementedError, torch.OutOfMemoryError) as error:
         if "--traceback" in arguments:
             raise
-        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError):
-            text = f"out of memory; lower --batch-size ({text})"
-        print(f"error: {' '.join(str(text).split())}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _message(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, torch.OutOfMemoryError):
+        text = f"out of memory; lower --batch-size ({text})"
+    return " ".join(text.split())
 
 
 def _flag(name: str) -> str:
