@@ -5,6 +5,9 @@ from .apg import adaptive_projected as adaptive_projected
 from .cfg import ClassifierFreeGuidance as ClassifierFreeGuidance
 from .cfg import classifier_free as classifier_free
 from .cfgmp import ManifoldProjectedGuidance as ManifoldProjectedGuidance
+from .elucd import CalibratedClassifierGuidance as CalibratedClassifierGuidance
+from .elucd import calibrated_energy as calibrated_energy
+from .elucd import smooth_activations as smooth_activations
 from .gfcg import GradientFreeClassifierGuidance as GradientFreeClassifierGuidance
 from .interval import GuidanceInterval as GuidanceInterval
 from .schedule import CosineScale as CosineScale
@@ -14,6 +17,7 @@ from .schedule import parse_scale as parse_scale
 
 __all__ = [
     "AdaptiveProjectedGuidance",
+    "CalibratedClassifierGuidance",
     "ClassifierFreeGuidance",
     "CosineScale",
     "GradientFreeClassifierGuidance",
@@ -22,9 +26,11 @@ __all__ = [
     "ManifoldProjectedGuidance",
     "ScaleSchedule",
     "adaptive_projected",
+    "calibrated_energy",
     "classifier_free",
     "parse_scale",
     "rules",
+    "smooth_activations",
 ]
 
 
