@@ -167,6 +167,26 @@ class Predictions:
             return torch.cat([tensor, tensor])
         return tensor
 
+    def check_sample(self, pipe: Any) -> None:
+        """Refuse pipelines that pass ``scheduler.step`` the sample scaled for the network.
+
+        DiTPipeline does, which is harmless with DDIM and wrong with Euler. Waits for the device.
+
+        Raises:
+            ValueError: if the sample is not what the scheduler takes it for.
+        """
+        call = self.calls[0]
+        scaled = self.scale(self.x)
+        if scaled is self.x or not isinstance(call.sample, Tensor) or bool((scaled == self.x).all()):
+            return
+        rows = call.sample[: self.x.shape[0]].to(self.x.dtype)
+        if rows.shape == self.x.shape and bool((rows == self.x).all()):
+            raise ValueError(
+                f"{type(pipe).__name__} hands this scheduler the sample already scaled for the "
+                "network, so its noise level is wrong and denoised predictions with it; use "
+                "DDIMScheduler or DPMSolverMultistepScheduler"
+            )
+
     def evaluate(self, x: Tensor | None, branch: str, **overrides: Any) -> Tensor:
         """Evaluate the denoiser again; the prediction of one branch, shape of ``x``."""
         fresh = x is not None and not overrides and not torch.is_grad_enabled()

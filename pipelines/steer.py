@@ -195,6 +195,8 @@ class Steering(AbstractContextManager["Steering"]):
             weak=self.weak,
             rebuilds=now.rebuilds,
         )
+        if now.index == now.stage == 0 and not getattr(self.rule, "commutes", False):
+            seen.check_sample(self.pipe)
         seen.settle(*self._verdict(seen, output))
         now.had_uncond |= seen.uncond is not None
         return seen
