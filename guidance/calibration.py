@@ -26,7 +26,7 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: mean |accuracy - confidence|, weighted by the bins' counts."""
+        """Expected calibration error: |accuracy - confidence|, weighted by the bins' counts."""
         gap = (self.accuracy - self.confidence).abs().nan_to_num(0.0)
         return float((gap * self.count).sum() / self.count.sum())
 

@@ -87,8 +87,8 @@ def smooth_activations(module: nn.Module, beta: float) -> nn.Module:
         return nn.Softplus(beta=beta)
     if not found:
         raise ValueError(
-            f"{type(module).__name__} has no nn.ReLU to replace: it uses another activation, or calls "
-            "relu as a function"
+            f"{type(module).__name__} has no nn.ReLU to replace: it uses another activation, or "
+            "calls relu as a function"
         )
     return smooth
 
@@ -216,8 +216,8 @@ class CalibratedClassifierGuidance:
         if self.form == "posterior":
             if step.next_level is None:
                 raise ValueError(
-                    "this scheduler does not tell where its next step leads, which form='posterior' "
-                    "needs; use form='score'"
+                    "this scheduler does not tell where its next step leads, which "
+                    "form='posterior' needs; use form='score'"
                 )
             alpha, sigma = step.next_level.over(base)
         weight = self.scale * self._boost(step).to(base.dtype) * sigma**2 / alpha
