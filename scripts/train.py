@@ -15,11 +15,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import _cli
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffsteer.pipelines import ClassConditionalPipeline
 from diffsteer.training import TrainConfig, Trainer, averaged_model, load_images
+from diffsteer.training.network import with_dtype
 from diffsteer.training.run_folder import read_run
 
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 def save_pipeline(out: Path) -> None:
     """Write OUT/model from the newest checkpoint."""
     config, names = read_run(out)
-    model = averaged_model(out).to(getattr(torch, config.save_dtype))
+    model = with_dtype(averaged_model(out), config.save_dtype)
     pipe = ClassConditionalPipeline(
         model,
         FlowMatchEulerDiscreteScheduler(),

@@ -255,7 +255,8 @@ def _square(picture: Any, resolution: int, source: str, index: int) -> np.ndarra
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         box = (left, top, left + side, top + side)
-        picture = picture.resize((resolution, resolution), box=box, resample=3)  # bicubic
+        # Cropped first: resize(box=...) lets the filter reach beyond the box.
+        picture = picture.crop(box).resize((resolution, resolution), resample=3)  # bicubic
     return np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "initialise_transformer",
     "quick_attention",
     "train_mode",
+    "with_dtype",
 ]
 
 
@@ -93,6 +94,14 @@ def as_network(model: nn.Module, *, bf16: bool) -> Network:
         return output.float()
 
     return network
+
+
+def with_dtype(model: nn.Module, name: str) -> nn.Module:
+    """``model`` itself in the dtype of that name, such as "float16".
+
+    Not by the model's own ``to``: in diffusers that warns even where nothing is to be warned of.
+    """
+    return nn.Module.to(model, getattr(torch, name))
 
 
 @contextmanager

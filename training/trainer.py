@@ -18,7 +18,7 @@ from .data import EpochOrder, Images, derive_seed
 from .draws import Batch, Objective, draw_batch
 from .ema import ExponentialMovingAverage
 from .flow import FlowMatching
-from .network import as_network, build_transformer, quick_attention, train_mode
+from .network import as_network, build_transformer, quick_attention, train_mode, with_dtype
 from .preview import preview
 from .run_folder import CURVE, append_line, check_run, newest_state, note_part, read_run
 from .stopping import StopRequest
@@ -235,8 +235,8 @@ class Trainer:
         """Whatever is due after this step: weak weights, checkpoint, preview."""
         config, main = self.config, self.accelerator.is_main_process
         if main and self.step == config.weak_at:
-            dtype = getattr(torch, config.save_dtype)
-            self.average().to(dtype).save_pretrained(self.out / "weak")  # type: ignore[operator]
+            weak = with_dtype(self.average(), config.save_dtype)
+            weak.save_pretrained(self.out / "weak")  # type: ignore[operator]
         if self._due(config.checkpoint_every):
             self.checkpoint()
         if main and config.preview_every and self._due(config.preview_every):

@@ -1,4 +1,4 @@
-"""The flow-matching objective against closed forms and against a Gaussian whose denoiser is known."""
+"""Flow matching against closed forms, and against Gaussians whose denoiser is known."""
 
 from __future__ import annotations
 
