@@ -40,7 +40,8 @@ class Extractor:
     """A frozen network behind a fixed resize, value range, precision and batch size.
 
     Every forward pass runs on ``micro_batch`` images (a last, smaller batch is padded), because a
-    convolution may round differently at another batch size: so features depend on the image alone.
+    convolution may round differently at another batch size: so features depend on the image alone,
+    as far as the network's own kernels allow.
 
     Args:
         network: any module; it is put in eval mode and frozen.
@@ -152,7 +153,9 @@ def cifar_extractor(which: str = "evaluation", *, device: torch.device | str = "
 
     def forward(images: Tensor) -> Taps:
         features = network.features(images)
-        return Taps(features, network.logits(features))
+        # A float32 matrix product may round a row by its place in the batch; float64 hides that.
+        head = network.head.weight.double() * network.config.logit_scale
+        return Taps(features, (features.double() @ head.T).float())
 
     return Extractor(
         network,
