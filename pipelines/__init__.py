@@ -24,3 +24,30 @@ from .loading import model_digest as model_digest
 from .steer import Steering as Steering
 from .steer import steer as steer
 from .trajectory import StepRecord as StepRecord
+
+__all__ = [
+    "AdaptiveProjectedGuider",
+    "BaseGuidance",
+    "ClassConditionalPipeline",
+    "ClassifierFreeGuider",
+    "FolderError",
+    "ImageFolder",
+    "ImageRequest",
+    "Reading",
+    "RuleGuider",
+    "Steering",
+    "StepRecord",
+    "attach",
+    "class_table",
+    "generate_images",
+    "image_grid",
+    "install_guider",
+    "load_embedded",
+    "load_embedded_weak",
+    "load_pipeline",
+    "model_digest",
+    "noise_level",
+    "plan_images",
+    "steer",
+    "takes_classes",
+]
