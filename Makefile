@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Compiling all of torch takes longer than compiling what is imported, at the first import.
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 # One thread a process: the tests' tensors are small, and two threads only wait for each other.
@@ -43,13 +44,13 @@ $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "diffsteer needs Python 3.10 or later; say which: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt setuptools torch
+	$(PIP) install --no-compile -c constraints.txt setuptools torch
 	@touch $@
 
 $(VENV)/.run: $(VENV)/.torch pyproject.toml setup.py
-	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@ $(VENV)/.run
