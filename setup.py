@@ -10,9 +10,9 @@ FOLDERS = ("core", "guidance", "samplers", "pipelines", "eval", "training")
 lost = [name for name in FOLDERS if not (PACKAGE / name / "__init__.py").is_file()]
 if lost:
     raise SystemExit(
-        f"src/diffsteer/{{{','.join(lost)}}} should be links to the folders of the same name at the "
-        "repository root, but this checkout lost its symbolic links. Run "
-        "`git config core.symlinks true && git checkout -- src` (on Windows: enable developer mode first)."
+        f"src/diffsteer/{{{','.join(lost)}}} should be links to the folders of the same name at "
+        "the root of the repository, but this checkout lost its symbolic links. Run `git config "
+        "core.symlinks true && git checkout -- src` (on Windows, turn developer mode on first)."
     )
 
 setup()
