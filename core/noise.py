@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -14,19 +15,19 @@ def seeded_generators(
     """One generator a sample: what diffusers pipelines take as ``generator=``.
 
     Args:
-        seeds: one non-negative integer a sample.
+        seeds: one integer in [0, 2**64) a sample.
         device: where the generators live. The CPU (default) gives the same noise on every device.
 
     Raises:
         TypeError: if a seed is not an integer.
-        ValueError: if a seed is negative.
+        ValueError: if a seed is out of range.
     """
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise TypeError(f"seeds must be integers, got {seed!r} of type {type(seed).__name__}")
-        if seed < 0:
-            raise ValueError(f"seeds must not be negative, got {seed}")
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seeds must be in [0, 2**64), got {seed}")
+    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
 
 
 def noise_like_seeds(

@@ -197,6 +197,10 @@ Kind.VELOCITY_TO_DATA = Kind("velocity_to_data")
 Kind.INTERPOLANT = Kind("interpolant")
 
 
+def _is_clean(kind: Kind) -> bool:
+    return kind in (Kind.DENOISED, Kind("kdiff", 1.0))
+
+
 def denoised_affine(kind: Kind, level: Level, like: Tensor) -> tuple[Tensor, Tensor]:
     """The pair (A, B) of ``denoised = A * x + B * output``, broadcast over ``like``.
 
@@ -214,7 +218,7 @@ def denoised_affine(kind: Kind, level: Level, like: Tensor) -> tuple[Tensor, Ten
         clean sample (the noise at alpha = 0) they are infinite.
     """
     alpha, sigma = level.over(like)
-    if kind == Kind.DENOISED:  # also at sigma = 0, where the system below is singular
+    if _is_clean(kind):  # also at sigma = 0, where the system below is singular
         return torch.zeros_like(alpha), torch.ones_like(sigma)
     a, b = kind.mix(level, like)
     det = alpha * b - sigma * a
@@ -234,7 +238,7 @@ def to_denoised(output: Tensor, kind: Kind, x: Tensor, level: Level) -> Tensor:
         The denoised sample, same shape, computed in float32 or wider and cast back once to the
         dtype of ``output``.
     """
-    if kind == Kind.DENOISED:
+    if _is_clean(kind):
         return output
     scale_x, scale_output = denoised_affine(kind, level, x)
     return (scale_x * widen(x) + scale_output * widen(output)).to(output.dtype)
@@ -253,7 +257,7 @@ def from_denoised(denoised: Tensor, kind: Kind, x: Tensor, level: Level) -> Tens
     Returns:
         Same shape and dtype as ``denoised``; computed in float32 or wider.
     """
-    if kind == Kind.DENOISED:
+    if _is_clean(kind):
         return denoised
     alpha, sigma = level.over(x)
     a, b = kind.mix(level, x)
