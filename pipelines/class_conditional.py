@@ -177,7 +177,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         levels = self._set_timesteps(num_inference_steps, sigmas, device)
         stochastic = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if stochastic else {}
-
         with _evaluating(self.transformer), self.progress_bar(total=self._num_timesteps) as bar:
             for index, t in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
