@@ -52,7 +52,7 @@ def _run_json(folder: Path) -> dict[str, Any] | None:
         run = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no valid JSON: {error}; pass --labels instead") from error
-    samples = run.get("samples") if isinstance(run, dict) else None
+    samples = run.get("images") if isinstance(run, dict) else None
     if not isinstance(samples, list):
         return None
     labels = {s["file"]: s["label"] for s in samples if s.get("label") is not None}

@@ -24,7 +24,7 @@ def make_folder(tmp_path):
             Image.fromarray(picture).save(folder / "images" / f"{i:06d}.png")
             samples.append({"file": f"images/{i:06d}.png", "seed": i, "label": i % 4})
         if labels:
-            (folder / "run.json").write_text(json.dumps({"samples": samples}))
+            (folder / "run.json").write_text(json.dumps({"images": samples}))
         return folder
 
     return make

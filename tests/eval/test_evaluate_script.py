@@ -54,7 +54,7 @@ def test_names_and_batches_and_the_cache_change_no_digit(script, folders, capsys
     run = json.loads((Path(fake) / "run.json").read_text())
     for i, image in enumerate(images):  # other names, in the opposite order
         image.rename(image.with_name(f"x{99 - i}.png"))
-        run["samples"][i]["file"] = f"images/x{99 - i}.png"
+        run["images"][i]["file"] = f"images/x{99 - i}.png"
     (Path(fake) / "run.json").write_text(json.dumps(run))
     for options in ([], ["--batch-size", "7", "--workers", "1", "--no-cache"]):
         again = scored(script, capsys, fake, "--reference", real, *options)
