@@ -2,8 +2,8 @@
 
     python scripts/demo.py                   out/demo/grid.png, images, metrics.json, run.json
 
-Every setting draws the same images, from the same noise, with the embedded model; the classifier that
-scores them has never been used to guide.
+Every setting draws the same images, from the same noise, with the embedded model. The classifier
+that scores them has never been used to guide.
 """
 
 from __future__ import annotations
