@@ -1,8 +1,7 @@
-"""The noise level that steer reads off a scheduler, against what the scheduler itself makes of it."""
+"""The noise level that steer reads off a scheduler, against what the scheduler makes of it."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import diffusers
@@ -18,73 +17,84 @@ from diffsteer.pipelines.spaces import Space
 
 pytestmark = [  # of diffusers (KDPM2) and of torchsde
     pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Should have tb:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Should have t[ab]:UserWarning"),
 ]
 
 STEPS = 6
 ids = [config.name for config in CONFIGS]
 
 
-def walk(scheduler: Any, steps: int = STEPS) -> Any:
-    """Run the scheduler; yields (timestep, sample) and is sent what to pass to ``step``."""
-    generator = torch.Generator().manual_seed(0)
-    scheduler.set_timesteps(steps)
-    x = torch.randn(2, 4, 5, 5, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for t in scheduler.timesteps:
-        if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(x, t)
-        output = yield t, x
-        x = scheduler.step(output, t, x).prev_sample
-    yield None, x
+class Walk:
+    """A run of a scheduler, step by step: ``t`` and ``x`` are what the next ``step`` takes."""
+
+    def __init__(self, config: Config, steps: int = STEPS) -> None:
+        self.scheduler = config.build()
+        self.scheduler.set_timesteps(steps)
+        noise = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+        self.x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        self.times = list(self.scheduler.timesteps)
+        self._scale()
+
+    @property
+    def t(self) -> Tensor:
+        return self.times[0]
+
+    def step(self, output: Tensor) -> Any:
+        """Take a step and return what the scheduler says of it."""
+        taken = self.scheduler.step(output, self.t, self.x)
+        self.x = taken.prev_sample
+        self.times.pop(0)
+        self._scale()
+        return taken
+
+    def _scale(self) -> None:
+        if self.times and hasattr(self.scheduler, "scale_model_input"):
+            self.scheduler.scale_model_input(self.x, self.t)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=ids)
 def test_denoised_is_the_schedulers_own(config: Config) -> None:
-    scheduler, generator = config.build(), torch.Generator().manual_seed(1)
-    run = walk(scheduler)
-    t, x = next(run)
+    run, generator = Walk(config), torch.Generator().manual_seed(1)
     compared = 0
-    while t is not None:
-        reading = noise_level(scheduler, t)
+    while run.times:
+        x, reading = run.x, noise_level(run.scheduler, run.t)
         output = torch.randn(x.shape, generator=generator)
         ours = Space(reading, x).denoised(output)
-        theirs = own_denoised(scheduler, output, t, x)
-        if theirs is not None:
-            if config.scheduler.startswith("DEIS"):  # it integrates the noise instead
-                alpha, sigma = reading.level.over(x)
-                ours = (x - alpha * ours) / sigma
-            compared += 1
-            # Both are sums that nearly cancel at high noise: to rounding of the larger term.
-            scale = max(float(theirs.norm()), float(x.norm()))
-            assert float((ours - theirs).norm()) <= 1e-6 * scale
-        t, x = run.send(output)
+        theirs = own_denoised(run, output)
+        if theirs is None:
+            continue
+        if config.scheduler.startswith("DEIS"):  # it integrates the noise instead
+            alpha, sigma = reading.level.over(x)
+            ours = (x - alpha * ours) / sigma
+        compared += 1
+        # Both are sums that nearly cancel at high noise: to rounding of the larger term.
+        scale = max(float(theirs.norm()), float(x.norm()))
+        assert float((ours - theirs).norm()) <= 1e-6 * scale
     assert compared or config.scheduler.startswith(("PNDM", "FlowMatch"))
 
 
-def own_denoised(scheduler: Any, output: Tensor, t: Tensor, x: Tensor) -> Tensor | None:
-    """What the scheduler takes for the clean sample (DEIS: the noise), by its own code."""
+def own_denoised(run: Walk, output: Tensor) -> Tensor | None:
+    """Take the step; what the scheduler takes for the clean sample (DEIS: for the noise)."""
+    scheduler, t, x = run.scheduler, run.t, run.x
+    name, converted = type(scheduler).__name__, None
     if hasattr(scheduler, "convert_model_output"):
-        return scheduler.convert_model_output(output, sample=x)
-    return _from_step(scheduler, output, t, x)
-
-
-def _from_step(scheduler: Any, output: Tensor, t: Tensor, x: Tensor) -> Tensor | None:
-    """The clean sample out of a trial step on a copy of the scheduler."""
-    taken = copy.deepcopy(scheduler).step(output, t, x)
-    if getattr(taken, "pred_original_sample", None) is not None:
-        return taken.pred_original_sample
-    if type(scheduler).__name__ == "LCMScheduler":
+        converted = scheduler.convert_model_output(output, sample=x)
+    index = getattr(scheduler, "step_index", None)
+    taken = run.step(output)
+    if name == "LCMScheduler":
         skip, out = scheduler.get_scalings_for_boundary_condition_discrete(t)
         return (taken.denoised - skip * x) / out
-    if type(scheduler).__name__ == "TCDScheduler":
-        return _out_of_tcd(scheduler, taken.pred_noised_sample, output, t, x)
-    return None
+    if name == "TCDScheduler":
+        return _out_of_tcd(scheduler, taken.pred_noised_sample, output, t, x, index)
+    return getattr(taken, "pred_original_sample", None) if converted is None else converted
 
 
-def _out_of_tcd(scheduler: Any, noised: Tensor, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    # noised = sqrt(a_s) * clean + sqrt(1 - a_s) * noise at the timestep s that TCD looks ahead to
-    index = scheduler.step_index + 1
-    ahead = scheduler.timesteps[index] if index < len(scheduler.timesteps) else torch.tensor(0)
+def _out_of_tcd(
+    scheduler: Any, noised: Tensor, output: Tensor, t: Tensor, x: Tensor, index: int
+) -> Tensor:
+    # noised = sqrt(a_s) * clean + sqrt(1 - a_s) * noise at the timestep s that TCD looks ahead to.
+    times = scheduler.timesteps
+    ahead = times[index + 1] if index + 1 < len(times) else torch.tensor(0)
     a_s = scheduler.alphas_cumprod[int((1 - 0.3) * ahead)]
     a_t = scheduler.alphas_cumprod[t]
     eps = scheduler.config.prediction_type == "epsilon"
@@ -100,27 +110,23 @@ TO_ZERO = [c for c in CONFIGS if not c.scheduler.startswith(("DEIS", "SASolver",
 def test_a_perfect_model_of_one_point_ends_there(config: Config) -> None:
     """With all data in one point the denoised sample is that point at every level, and every solver
     ends on it: a wrong level at the last evaluations would miss."""
-    scheduler = config.build()
-    run = walk(scheduler)
-    t, x = next(run)
-    point = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
-    while t is not None:
-        kind, level, sign = noise_level(scheduler, t)
-        t, x = run.send(sign * from_denoised(point, kind, x, level))
+    run = Walk(config)
+    point = torch.linspace(-1, 1, run.x.numel()).reshape(run.x.shape)
+    while run.times:
+        kind, level, sign = noise_level(run.scheduler, run.t)
+        run.step(sign * from_denoised(point, kind, run.x, level))
     # PNDM stops at the smallest level of its table.
-    assert float((x - point).abs().max()) < (0.2 if "PNDM" in config.scheduler else 1e-3)
+    assert float((run.x - point).abs().max()) < (0.2 if "PNDM" in config.scheduler else 1e-3)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=ids)
 def test_steps_and_stages_are_counted(config: Config) -> None:
-    scheduler = config.build()
-    run = walk(scheduler)
-    t, x = next(run)
-    noise_level(scheduler, t)
-    count, opened = solver_steps(LevelReader(scheduler), t), 0
-    while t is not None:
-        opened += solver_stage(scheduler) == 0
-        t, x = run.send(torch.zeros_like(x))
+    run = Walk(config)
+    noise_level(run.scheduler, run.t)
+    count, opened = solver_steps(LevelReader(run.scheduler), run.t), 0
+    while run.times:
+        opened += solver_stage(run.scheduler) == 0
+        run.step(torch.zeros_like(run.x))
     assert count == opened == STEPS
 
 
@@ -150,8 +156,6 @@ def test_levels_are_scalars_on_the_cpu_and_tables_follow_the_scheduler() -> None
 
 def test_a_scheduler_of_ones_own_says_its_level() -> None:
     class Own:
-        config: dict[str, Any] = {}
-
         def noise_level(self, timestep: float) -> tuple[Kind, Level]:
             return Kind.DENOISED, Level.ve(timestep)
 
