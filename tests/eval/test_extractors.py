@@ -55,7 +55,8 @@ def test_every_resize_keeps_flat_images_and_right_sizes(rule):
 
 
 def test_the_named_resizes_differ():
-    image = tensors(1, 4, (32, 32))
+    # Hard edges: bicubic rules differ by who clamps their overshoot.
+    image = (tensors(1, 4, (32, 32)) % 2) * 255
     results = [resized(image, 20, rule) for rule in RESIZES]
     for i, first in enumerate(results):
         for second in results[i + 1 :]:
