@@ -2,6 +2,7 @@
 
 from .apg import AdaptiveProjectedGuidance as AdaptiveProjectedGuidance
 from .apg import adaptive_projected as adaptive_projected
+from .autoguidance import AutoGuidance as AutoGuidance
 from .cfg import ClassifierFreeGuidance as ClassifierFreeGuidance
 from .cfg import classifier_free as classifier_free
 from .cfgmp import ManifoldProjectedGuidance as ManifoldProjectedGuidance
@@ -10,13 +11,17 @@ from .elucd import calibrated_energy as calibrated_energy
 from .elucd import smooth_activations as smooth_activations
 from .gfcg import GradientFreeClassifierGuidance as GradientFreeClassifierGuidance
 from .interval import GuidanceInterval as GuidanceInterval
+from .presets import APG_PRESETS as APG_PRESETS
+from .presets import Preset as Preset
 from .schedule import CosineScale as CosineScale
 from .schedule import LinearScale as LinearScale
 from .schedule import ScaleSchedule as ScaleSchedule
 from .schedule import parse_scale as parse_scale
 
 __all__ = [
+    "APG_PRESETS",
     "AdaptiveProjectedGuidance",
+    "AutoGuidance",
     "CalibratedClassifierGuidance",
     "ClassifierFreeGuidance",
     "CosineScale",
@@ -24,6 +29,7 @@ __all__ = [
     "GuidanceInterval",
     "LinearScale",
     "ManifoldProjectedGuidance",
+    "Preset",
     "ScaleSchedule",
     "adaptive_projected",
     "calibrated_energy",

@@ -15,6 +15,7 @@ import diffsteer.guidance as guidance
 from diffsteer.core import GaussianMixture, Guidance, GuidedDenoiser, Level
 from diffsteer.guidance import (
     AdaptiveProjectedGuidance,
+    AutoGuidance,
     CalibratedClassifierGuidance,
     ClassifierFreeGuidance,
     GradientFreeClassifierGuidance,
@@ -57,6 +58,11 @@ EXAMPLES: dict[str, tuple[Guidance, Guidance]] = {
     "GuidanceInterval of APG": (
         GuidanceInterval.flow(AdaptiveProjectedGuidance(6.0), 0.3, 0.8),
         GuidanceInterval.flow(AdaptiveProjectedGuidance(6.0), 0.99, 1.0),
+    ),
+    "AutoGuidance": (AutoGuidance(2.5), AutoGuidance(1.0)),
+    "AutoGuidance with projection, in an interval": (
+        GuidanceInterval(AutoGuidance(rule=AdaptiveProjectedGuidance(4.0)), 0.5, 3.0),
+        GuidanceInterval(AutoGuidance(rule=AdaptiveProjectedGuidance(4.0)), 100.0),
     ),
     "CalibratedClassifierGuidance": (
         CalibratedClassifierGuidance(logits_of, 3.0, condition="labels", decode=unchanged),
@@ -101,7 +107,11 @@ class World:
 
     def models(self) -> dict[str, Callable[..., Tensor]]:
         model = self.mixture.denoiser(level=Level.flow)
-        return {"cond": model, "uncond": model, "weak": model}
+
+        def weak(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+            return 0.8 * model(x, sigma, labels) + 0.1
+
+        return {"cond": model, "uncond": model, "weak": weak}
 
     def without_classes(self) -> dict[str, Callable[..., Tensor]]:
         """Models that say the same whatever the condition: there is nothing to guide."""
