@@ -220,7 +220,9 @@ class CalibratedClassifierGuidance:
                     "form='posterior' needs; use form='score'"
                 )
             alpha, sigma = step.next_level.over(base)
-        weight = self.scale * self._boost(step).to(base.dtype) * sigma**2 / alpha
+        # At pure noise the sample says nothing of the image, and the push has no finite form.
+        reach = torch.where(alpha > 0, sigma**2 / alpha.clamp_min(1e-12), torch.zeros_like(sigma))
+        weight = self.scale * self._boost(step).to(base.dtype) * reach
         return base + weight * gradient.to(base.dtype)
 
     def _base(self, step: Step) -> Tensor:

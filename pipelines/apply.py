@@ -130,6 +130,8 @@ def _make_step(seen: Predictions, space: Space | None, now: Trajectory, timestep
         memory=now.memory,
         evaluate=evaluate,
         evaluate_weak=evaluate_weak,
+        next_level=now.following,
+        recorded=seen.argument,
     )
 
 
@@ -139,5 +141,7 @@ def _keep(step: Step, space: Space, guided: Tensor, commutes: bool) -> tuple[Ste
     if commutes:
         cond = space.denoised(cond)
         uncond = None if uncond is None else space.denoised(uncond)
-    kept = replace(step, cond=cond, uncond=uncond, memory={}, evaluate=None, evaluate_weak=None)
+    kept = replace(
+        step, cond=cond, uncond=uncond, memory={}, evaluate=None, evaluate_weak=None, recorded=None
+    )
     return kept, space.denoised(guided, step.moved)

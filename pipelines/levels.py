@@ -3,14 +3,11 @@
 ``noise_level(scheduler, timestep)`` answers for the evaluation that the next ``scheduler.step``
 consumes. Schedulers say it in five ways:
 
-    family                      recognised by                       sample
-    prediction EDM                         ``precondition_outputs``            clean + s * noise
-       raw EDM output DPM++, UniPC, DEIS, SA      ``_sigma_to_alpha_sigma_t``         VP or flow,
-       from sigma   any
-    DDPM, DDIM, PNDM, LCM, TCD  ``alphas_cumprod``, no ``sigmas``   VP                       any
-    Euler, Heun, LMS, KDPM2     ``alphas_cumprod`` and ``sigmas``   clean + s * noise        any
-    flow matching               class name ``FlowMatch...``         (1 - s) * clean + s * noise
-    velocity
+- EDM: has ``precondition_outputs``; ``x = clean + s * noise``, the raw EDM output.
+- DPM++, UniPC, DEIS, SA: have ``_sigma_to_alpha_sigma_t``; VP, or flow from sigma; any kind.
+- DDPM, DDIM, PNDM, LCM, TCD: ``alphas_cumprod`` without ``sigmas``; VP, any kind.
+- Euler, Heun, LMS, KDPM2: ``alphas_cumprod`` and ``sigmas``; ``x = clean + s * noise``, any kind.
+- Flow matching: class name ``FlowMatch...``; ``x = (1 - s) * clean + s * noise``, the velocity.
 
 A scheduler of your own joins by a method ``noise_level(timestep) -> (Kind, Level)``.
 """
@@ -101,7 +98,7 @@ class LevelReader:
         if hasattr(s, "_alpha_cumprod"):  # Wuerstchen: continuous, one time for the batch
             return Reading(self._kind(), Level.vp(s._alpha_cumprod(_flat(timestep), "cpu")[0]))
         if hasattr(s, "alphas_cumprod"):
-            if getattr(s, "sigmas", None) is None or name in _VP_WITH_SIGMAS:
+            if self._tabled():
                 level = Level.vp(self.table("alphas_cumprod")[int(timestep)])
                 return Reading(self._kind(), level)
             kind = self._kind()
@@ -112,6 +109,50 @@ class LevelReader:
         if any(part in name for part in _FLOW):
             return self._flow()
         raise NotImplementedError(_unknown(s))
+
+    def following(self, timestep: Tensor | float) -> Level | None:
+        """The level that this ``scheduler.step`` leads to; call after ``read``.
+
+        None for later stages and for solvers whose steps do not end at an entry of their tables
+        (KDPM2, PNDM, schedulers of your own).
+        """
+        s = self.scheduler
+        own = callable(getattr(s, "noise_level", None)) or hasattr(s, "_alpha_cumprod")
+        if own or solver_stage(s) or hasattr(s, "sigmas_interpol") or hasattr(s, "prk_timesteps"):
+            return None
+        if hasattr(s, "alphas_cumprod") and self._tabled():
+            times = self.table("timesteps")
+            here = (times == _flat(timestep)).nonzero()
+            if not len(here):
+                return None
+            after = int(here[-1]) + 1
+            if after < len(times):
+                return Level.vp(self.table("alphas_cumprod")[int(times[after])])
+            return Level.vp(torch.as_tensor(getattr(s, "final_alpha_cumprod", 1.0)).float().cpu())
+        if getattr(s, "sigmas", None) is None:
+            return None
+        sigmas = self.table("sigmas")
+        after = s.step_index + 1
+        return self._level_at(sigmas[after]) if after < len(sigmas) else None
+
+    def _tabled(self) -> bool:
+        """Whether levels are looked up by timestep in ``alphas_cumprod``."""
+        s = self.scheduler
+        if hasattr(s, "_sigma_to_alpha_sigma_t"):
+            return False
+        return getattr(s, "sigmas", None) is None or type(s).__name__ in _VP_WITH_SIGMAS
+
+    def _level_at(self, sigma: Tensor) -> Level:
+        """What an entry of ``sigmas`` means."""
+        s = self.scheduler
+        if hasattr(s, "_sigma_to_alpha_sigma_t") and not hasattr(s, "precondition_outputs"):
+            if s.config.get("use_flow_sigmas", False):
+                return Level.flow(sigma)
+            return Level(*s._sigma_to_alpha_sigma_t(sigma))
+        if any(part in type(s).__name__ for part in _FLOW):
+            inverted = s.config.get("invert_sigmas", False)
+            return Level(sigma, 1 - sigma) if inverted else Level.flow(sigma)
+        return Level.ve(sigma)
 
     def _kind(self) -> Kind:
         name = self.scheduler.config.get("prediction_type") or "epsilon"
@@ -142,14 +183,13 @@ class LevelReader:
                 f"use_flow_sigmas={flow}, which describes no consistent noise level; "
                 "flow_prediction and use_flow_sigmas=True belong together"
             )
-        alpha, sigma = s._sigma_to_alpha_sigma_t(self._sigma())
-        return Reading(kind, Level.flow(sigma) if flow else Level(alpha, sigma))
+        return Reading(kind, self._level_at(self._sigma()))
 
     def _flow(self) -> Reading:
-        sigma = self._sigma()
+        level = self._level_at(self._sigma())
         if self.scheduler.config.get("invert_sigmas", False):  # Mochi: sigma grows towards the data
-            return Reading(Kind.VELOCITY_TO_DATA, Level(sigma, 1 - sigma))
-        return Reading(Kind.VELOCITY, Level.flow(sigma))
+            return Reading(Kind.VELOCITY_TO_DATA, level)
+        return Reading(Kind.VELOCITY, level)
 
 
 def _flat(timestep: Tensor | float) -> Tensor:

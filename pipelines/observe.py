@@ -38,6 +38,18 @@ class Call:
         """The noisy sample as the network got it: a tensor, or a list with one a row."""
         return self.args[0] if self.args else self.kwargs[self.sample_name]
 
+    @property
+    def names(self) -> list[str]:
+        """The arguments that were given."""
+        return [*_parameters(self.module)[: len(self.args)], *self.kwargs]
+
+    def argument(self, name: str) -> Any:
+        """What was given for an argument, or None."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        given = dict(zip(_parameters(self.module), self.args, strict=False))
+        return given.get(name)
+
     def describe(self) -> str:
         """Module and output shape, for error messages."""
         return f"{type(plain(self.module)).__name__} -> {tuple(self.output.shape)}"

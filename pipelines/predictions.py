@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.prediction import Kind
 from ..core.step import MissingPrediction
 from .levels import Reading
-from .observe import Call, Recorder, network_input, normal, replay, same_input
+from .observe import Call, Recorder, network_input, normal, plain, replay, same_input
 from .spaces import as_scheduled
 
 SINGLE, BATCHED, SEQUENTIAL, DOUBLED = "single", "batched", "sequential", "doubled"
@@ -177,7 +177,11 @@ class Predictions:
         """
         call = self.calls[0]
         scaled = self.scale(self.x)
-        if scaled is self.x or not isinstance(call.sample, Tensor) or bool((scaled == self.x).all()):
+        if (
+            scaled is self.x
+            or not isinstance(call.sample, Tensor)
+            or bool((scaled == self.x).all())
+        ):
             return
         rows = call.sample[: self.x.shape[0]].to(self.x.dtype)
         if rows.shape == self.x.shape and bool((rows == self.x).all()):
@@ -211,6 +215,24 @@ class Predictions:
         call, overrides = self._call(branch, overrides)
         output = self._replay(call, function, branch, overrides=overrides)
         return self._pick(output, branch, self.x)
+
+    def argument(self, name: str, branch: str = "cond") -> Any:
+        """An argument of the recorded call, tensors cut to the rows of one branch.
+
+        Raises:
+            MissingPrediction: if the call has no such argument.
+        """
+        call, overrides = self._call(branch, {})
+        value = overrides.get(name, call.argument(name))
+        if value is None:
+            raise MissingPrediction(
+                f"the pipeline calls its {type(plain(call.module)).__name__} without {name!r}; its "
+                f"arguments are {', '.join(call.names)}"
+            )
+        half = self._half(branch)
+        rows = call.output.shape[0]
+        whole = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+        return value.chunk(2)[half] if whole and half is not None else value
 
     def _place(self, branch: str) -> int:
         return self.order.index(branch[0])

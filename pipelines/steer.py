@@ -165,6 +165,8 @@ class Steering(AbstractContextManager["Steering"]):
             now.count = solver_steps(self._reader, timestep)
         if now.index < 0 or now.stage == 0:
             now.index += 1
+        if not getattr(self.rule, "commutes", False):
+            now.following = self._reader.following(timestep)
         return reading
 
     def _predictions(

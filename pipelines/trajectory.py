@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.prediction import Level
 from ..core.step import Step
 
 
@@ -44,6 +45,7 @@ class Trajectory:
         index: number of the current solver step; -1 before the first.
         stage: which evaluation of that step.
         count: solver steps of this run.
+        following: the level the step leads to, or None where that is not known.
         verdicts: order and sign, by layout, once verified.
         attempts: how often verification was tried.
         doubled: whether the scheduler is given every sample twice; None before the first step.
@@ -55,6 +57,7 @@ class Trajectory:
     index: int = -1
     stage: int = 0
     count: int = 1
+    following: Level | None = None
     verdicts: dict[str, tuple[str, int]] = field(default_factory=dict)
     attempts: int = 0
     doubled: bool | None = None

@@ -288,6 +288,13 @@ def test_t9_calibration_error():
     assert fit_temperature(logits / 2, labels) == pytest.approx(0.5, rel=0.03)
 
 
+def test_pure_noise_is_not_pushed():
+    rule = CalibratedClassifierGuidance(as_is, labels=torch.tensor([0, 2]), decode=as_is)
+    x, cond = torch.randn(2, 2, 4)
+    assert torch.equal(rule(make_step(x, Level.flow(1.0), cond)), cond)
+    assert torch.isfinite(rule(make_step(x, Level.flow(0.99), cond))).all()
+
+
 def test_the_clamp_keeps_the_gradient():
     x = torch.tensor([-3.0, 0.2, 2.0], requires_grad=True)
     images = clipped_pixels(x)
