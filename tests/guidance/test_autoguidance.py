@@ -79,7 +79,7 @@ def test_momentum_lives_over_the_trajectory() -> None:
 
 
 def test_a_better_model_of_itself() -> None:
-    """What it is for: the model spreads standard normal data too far, the weak one further still."""
+    """What it is for: the model spreads normal data too far, and the weak one further still."""
 
     def blurred(spread: float) -> GaussianMixture:
         return GaussianMixture(torch.zeros(1, 2).double(), torch.tensor([spread]).double())
