@@ -114,11 +114,12 @@ class LevelReader:
         """The level that this ``scheduler.step`` leads to; call after ``read``.
 
         None for later stages and for solvers whose steps do not end at an entry of their tables
-        (KDPM2, PNDM, schedulers of your own).
+        (KDPM2, DPM-Solver SDE, PNDM, schedulers of your own).
         """
         s = self.scheduler
         own = callable(getattr(s, "noise_level", None)) or hasattr(s, "_alpha_cumprod")
-        if own or solver_stage(s) or hasattr(s, "sigmas_interpol") or hasattr(s, "prk_timesteps"):
+        between = ("sigmas_interpol", "mid_point_sigma", "prk_timesteps")
+        if own or solver_stage(s) or any(hasattr(s, name) for name in between):
             return None
         if hasattr(s, "alphas_cumprod") and self._tabled():
             times = self.table("timesteps")
