@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -128,8 +128,3 @@ def _colour(images: Tensor | list[Tensor]) -> Tensor:
 
 def _columns(stats: ColourStats) -> Tensor:
     return torch.stack([stats.saturation, stats.contrast, stats.clipped], 1).cpu()
-
-
-def without_index(features: FeatureSet) -> FeatureSet:
-    """The same samples without the caller's numbers (two sources may number alike)."""
-    return replace(features, index=torch.full_like(features.index, -1))

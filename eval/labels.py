@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .images import ImageSource
+from .runs import labels_of, read_run
 
 
 def find_labels(
@@ -31,8 +31,8 @@ def find_labels(
     if how is None:
         if source.labels is not None:
             return source.labels
-        from_run = _run_json(Path(source.where))
-        if from_run is not None:
+        from_run = labels_of(read_run(source.where))
+        if from_run:
             return _assign(source, from_run, class_names, f"{source.where}/run.json")
         folders = {Path(name).parent.name for name in source.names}
         if folders <= set(class_names):
@@ -42,21 +42,6 @@ def find_labels(
     if how == "from-dirs":
         return _from_folders(source, class_names)
     return _assign(source, _read_csv(Path(how)), class_names, how)
-
-
-def _run_json(folder: Path) -> dict[str, Any] | None:
-    path = folder / "run.json"
-    if not path.is_file():
-        return None
-    try:
-        run = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}; pass --labels instead") from error
-    samples = run.get("images") if isinstance(run, dict) else None
-    if not isinstance(samples, list):
-        return None
-    labels = {s["file"]: s["label"] for s in samples if s.get("label") is not None}
-    return labels or None
 
 
 def _read_csv(path: Path) -> dict[str, Any]:

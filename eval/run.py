@@ -17,10 +17,11 @@ from .arrays import open_array
 from .cache import FeatureCache
 from .decode import Alpha
 from .extractors import Extractor
-from .features import FeatureSet, extract, without_index
+from .features import FeatureSet, extract
 from .images import ImageSource, batches, open_images
 from .labels import find_labels
 from .report import EvalResult
+from .runs import incomplete
 from .suite import EvalSuite
 
 
@@ -161,9 +162,9 @@ def evaluate(
     suite, reading = suite or EvalSuite(), reading or Reading()
     source = open_images(samples)
     known = find_labels(source, labels, class_names=suite.extractors[0].class_names)
-    notes: list[str] = []
+    notes = incomplete(source.where)
     if reference is not None:
-        notes = set_reference(suite, reference, reading, cache=cache, force=force)
+        notes += set_reference(suite, reference, reading, cache=cache, force=force)
     suite.reset(keep_reference=True)
     read = read_features(source, suite.extractors, reading, cache=cache, title="samples")
     features = read.features
@@ -215,7 +216,7 @@ def set_reference(
     features = read.features
     if labels is not None and len(features):
         features = replace(features, labels=labels[features.index])
-    suite.add(without_index(features), real=True)
+    suite.add(features, real=True)
     return read.warnings()
 
 

@@ -147,13 +147,22 @@ class EvalSuite:
         if not keep_reference:
             self._real, self._shared_real, self._statistics, self._notes = [], [], {}, []
 
+    def seen(self, *, real: bool = False) -> FeatureSet:
+        """All samples so far, in the order of their content (after ``sync``: of all ranks)."""
+        shared, local = (self._shared_real, self._real) if real else (self._shared_fake, self._fake)
+        return FeatureSet.join(shared + local).canonical()
+
+    def reference_features(self) -> Tensor | None:
+        """Real rows in the first extractor's space, (N, d); None where only moments are known."""
+        return self._reference().features(self.extractors[0].space)
+
     def compute(self) -> EvalResult:
         """Every metric over everything seen so far; metrics that lack something say so.
 
         Raises:
             ValueError: if no generated sample was added.
         """
-        fake = FeatureSet.join(self._shared_fake + self._fake).canonical()
+        fake = self.seen()
         if len(fake) == 0:
             raise ValueError("no samples to evaluate: call update() with generated images first")
         start = time.perf_counter()
@@ -180,7 +189,7 @@ class EvalSuite:
         return EvalResult(scores, meta, warnings, skipped, per_class)
 
     def _reference(self) -> Reference:
-        real = FeatureSet.join(self._shared_real + self._real).canonical()
+        real = self.seen(real=True)
         if len(real):
             return Reference(real, dict(self._statistics))
         first = self.extractors[0]

@@ -23,6 +23,7 @@ from typing import Any
 from diffsteer.eval.cache import FeatureCache
 from diffsteer.eval.images import open_images
 from diffsteer.eval.labels import find_labels
+from diffsteer.eval.pages import grids_of, write_page, write_plots
 from diffsteer.eval.pretrained import EXTRACTORS, load_extractor
 from diffsteer.eval.reference import statistics_of
 from diffsteer.eval.report import EvalResult, read_result, table, write_text
@@ -49,8 +50,11 @@ def run_evaluate(arguments: list[str]) -> int:
     if not folders:
         raise ValueError("no samples given: name at least one folder, .zip, .npz or dataset")
     out = None if options.out is None else metrics_file(options.out)
-    if out is not None and out.exists() and not options.overwrite:
-        raise FileExistsError(f"{out} exists; choose another --out or pass --overwrite")
+    if options.plots and out is None:
+        raise ValueError("--plots writes beside metrics.json: pass --out too")
+    for path in (out, options.html):
+        if path is not None and path.exists() and not options.overwrite:
+            raise FileExistsError(f"{path} exists; choose another place or pass --overwrite")
     join_ranks()
     suite = make_suite(options)
     reading = make_reading(options)
@@ -58,15 +62,22 @@ def run_evaluate(arguments: list[str]) -> int:
     remarks: list[str] = []
     if options.reference is not None:
         remarks = set_reference(suite, options.reference, reading, cache=cache, force=options.force)
-    results = {}
+    results, grids = {}, []
     for folder in folders:
         found = evaluate(folder, suite=suite, reading=reading, labels=options.labels, cache=cache)
         meta = {**found.meta, "versions": environment()}
         results[folder] = replace(found, meta=meta, warnings=[*remarks, *found.warnings])
+        if options.html:
+            grids += grids_of(suite, folder, options.reference)
     if int(os.environ.get("RANK", "0")) == 0:
         show(results, options)
         if out is not None:
-            write_outputs(results, out, options)
+            write_text(out, as_json(results) + "\n", overwrite=options.overwrite)
+        if options.plots:
+            write_plots(out.parent, results)
+        if options.html:
+            names = suite.extractors[0].class_names
+            write_page(options.html, results, grids, class_names=names, overwrite=options.overwrite)
     warned = any(result.warnings or result.skipped for result in results.values())
     return 3 if warned and options.strict else 0
 
@@ -147,6 +158,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for metrics.json (or a .json file)")
     add("--overwrite", action="store_true", help="replace an existing result")
     add("--json", metavar="FILE", help="write JSON here; '-' is standard output, and nothing else")
+    add("--plots", action="store_true", help="figures beside metrics.json (needs matplotlib)")
+    add("--html", type=Path, metavar="FILE", help="a page with table, figures and image grids")
     add("--strict", action="store_true", help="exit with 3 if there were warnings")
     add("--force", action="store_true", help="accept statistics of another extractor")
     add("--no-cache", action="store_true", help="extract features even if they are known")
@@ -205,11 +218,6 @@ def show(results: dict[str, EvalResult], options: argparse.Namespace) -> None:
         print(as_json(results))
     elif options.json:
         write_text(Path(options.json), as_json(results) + "\n", overwrite=options.overwrite)
-
-
-def write_outputs(results: dict[str, EvalResult], out: Path, options: argparse.Namespace) -> None:
-    write_text(out, as_json(results) + "\n", overwrite=options.overwrite)
-    print(f"written: {out}", file=sys.stderr)
 
 
 def as_json(results: dict[str, EvalResult]) -> str:

@@ -1,0 +1,281 @@
+"""The same metrics as ``torchmetrics.Metric``: update, compute, reset, merge_state, sync.
+
+For code that already collects torchmetrics. ``EvalSuite`` does more (one pass for all, order-free
+numbers, warnings). Features go in, or images with an ``extractor``. States are merged by addition
+or concatenation, so uneven and empty ranks are right.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .accuracy import class_accuracy
+from .cmmd import cmmd
+from .content import canonical_order, content_keys
+from .extractors import Extractor
+from .frechet import frechet_distance_of_moments
+from .inception_score import inception_score
+from .kernel import kernel_distance
+from .moments import Moments
+from .prdc import prdc
+from .vendi import vendi
+
+try:
+    from torchmetrics import Metric
+except Exception as error:  # a broken torchvision makes this a RuntimeError, not an ImportError
+    raise ImportError(
+        f"these metrics need a torchmetrics that imports ({error}); if torchvision is to blame, "
+        "install torch and torchvision from the same index, or use diffsteer.eval.EvalSuite"
+    ) from error
+
+
+class _Features(Metric):
+    """Turns images into features if there is an extractor; keeps float64 through ``half()``."""
+
+    full_state_update = False
+    is_differentiable = False
+    tap = "features"
+
+    def __init__(self, extractor: Extractor | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.extractor = extractor
+
+    def _rows(self, values: Tensor) -> Tensor:
+        if self.extractor is None:
+            if values.ndim != 2 or not values.is_floating_point():
+                raise ValueError(
+                    f"expected features of shape (B, d), got {tuple(values.shape)} of "
+                    f"{values.dtype}; pass extractor=... to feed images"
+                )
+            return values.detach()
+        rows: Tensor | None = getattr(self.extractor(values), self.tap)
+        if rows is None:
+            raise ValueError(f"the extractor {self.extractor.name} gives no {self.tap}")
+        return rows
+
+
+class FrechetDistance(_Features):
+    """Fréchet distance of real and generated features; see ``frechet.frechet_distance``.
+
+    Args:
+        dim: number of features, so that an empty rank knows the shape of its state.
+        extractor: turns uint8 images into features; None takes features.
+        options: of ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, dim: int, extractor: Extractor | None = None, **options: Any) -> None:
+        super().__init__(extractor, **options)
+        for side in ("real", "fake"):
+            self.add_state(f"{side}_sums", _packed(Moments.zero(dim)), dist_reduce_fx=_add_packed)
+        self.dim = dim
+
+    def update(self, values: Tensor, *, real: bool) -> None:
+        """Add features (B, dim), or images where there is an extractor."""
+        found = Moments.of(self._rows(values))
+        if found.dim != self.dim:
+            raise ValueError(f"expected {self.dim} features, got {found.dim}")
+        name = "real_sums" if real else "fake_sums"
+        sums = _unpacked(getattr(self, name)) + found
+        setattr(self, name, _packed(sums).to(self.device))
+
+    def compute(self) -> Tensor:
+        """The distance as a float64 scalar."""
+        real, fake = (_unpacked(getattr(self, name)) for name in ("real_sums", "fake_sums"))
+        return torch.tensor(frechet_distance_of_moments(real, fake), dtype=torch.float64)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> FrechetDistance:
+        """Does nothing: the sums stay float64."""
+        return self
+
+
+def _packed(sums: Moments) -> Tensor:
+    """Count, mean and scatter as one float64 row: torchmetrics stacks the ranks' rows."""
+    return torch.cat([sums.mean.new_tensor([sums.count]), sums.mean, sums.scatter.flatten()])
+
+
+def _unpacked(row: Tensor) -> Moments:
+    row = row.cpu()
+    dim = round(math.sqrt(len(row) - 0.75) - 0.5)  # of 1 + d + d² numbers
+    return Moments(int(row[0]), row[1 : 1 + dim], row[1 + dim :].view(dim, dim))
+
+
+def _add_packed(rows: Tensor) -> Tensor:
+    return _packed(Moments.merge(_unpacked(row) for row in rows)).to(rows.device)
+
+
+class _Banks(_Features):
+    """Keeps rows in lists, which torchmetrics gathers at any length."""
+
+    def _bank(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        self.add_state(name, [], dist_reduce_fx="cat")
+        self._empty = {**getattr(self, "_empty", {}), name: torch.zeros(0, *shape, dtype=dtype)}
+
+    def all_rows(self, name: str) -> Tensor:
+        """All rows of a bank, (N, ...); none is an empty tensor."""
+        held = getattr(self, name)
+        return torch.cat([self._empty[name].to(self.device), *held]) if isinstance(
+            held, list) else held  # fmt: skip
+
+    def sync(self, *arguments: Any, **options: Any) -> None:
+        """As torchmetrics, but a rank without samples takes part instead of failing."""
+        for name, empty in self._empty.items():
+            held = getattr(self, name)
+            if isinstance(held, list) and not held:
+                held.append(empty.to(self.device))
+        super().sync(*arguments, **options)
+
+
+class _TwoSided(_Banks):
+    """Features of real and generated samples; their order never matters."""
+
+    def __init__(self, dim: int, extractor: Extractor | None = None, **options: Any) -> None:
+        super().__init__(extractor, **options)
+        self.dim = dim
+        self._bank("real_rows", dim)
+        self._bank("fake_rows", dim)
+
+    def update(self, values: Tensor, *, real: bool = False) -> None:
+        """Add features (B, dim), or images where there is an extractor."""
+        name = "real_rows" if real else "fake_rows"
+        rows = self._rows(values).float().to(self.device)
+        if rows.shape[1] != self.dim:
+            raise ValueError(f"expected {self.dim} features, got {rows.shape[1]}")
+        getattr(self, name).append(rows)
+
+    def _sorted(self, side: str) -> Tensor:
+        rows = self.all_rows(f"{side}_rows")
+        return rows[canonical_order(content_keys(rows)).to(rows.device)]
+
+
+class KernelDistance(_TwoSided):
+    """All-sample unbiased kernel distance (KID); see ``kernel.kernel_distance``."""
+
+    higher_is_better = False
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Value and standard error."""
+        found = kernel_distance(self._sorted("real"), self._sorted("fake"))
+        return torch.tensor(found.value), torch.tensor(found.stderr)
+
+
+class PrecisionRecall(_TwoSided):
+    """Precision, recall, density, coverage; see ``prdc.prdc``.
+
+    Args:
+        dim: number of features.
+        k: the neighbour.
+        strict: whether balls exclude their surface.
+        extractor: turns uint8 images into features; None takes features.
+        options: of ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self, dim: int, *, k: int = 3, strict: bool = False, extractor: Extractor | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(dim, extractor, **options)
+        self.k, self.strict = k, strict
+
+    def compute(self) -> dict[str, Tensor]:
+        """The four scores by name."""
+        found = prdc(self._sorted("real"), self._sorted("fake"), self.k, strict=self.strict)
+        names = ("precision", "recall", "density", "coverage")
+        return {name: torch.tensor(getattr(found, name)) for name in names}
+
+
+class CMMD(_TwoSided):
+    """CMMD; see ``cmmd.cmmd``."""
+
+    higher_is_better = False
+
+    def compute(self) -> Tensor:
+        """The distance."""
+        return torch.tensor(cmmd(self._sorted("real"), self._sorted("fake")))
+
+
+class Vendi(_TwoSided):
+    """Vendi score of the generated side; see ``vendi.vendi``."""
+
+    higher_is_better = True
+
+    def compute(self) -> Tensor:
+        """The effective number of different samples."""
+        return torch.tensor(vendi(self._sorted("fake")))
+
+
+class InceptionScore(_TwoSided):
+    """Inception Score over splits in the order of content; ``dim`` is the number of classes.
+
+    Args:
+        dim: number of classes.
+        splits: see ``inception_score.inception_score``.
+        extractor: gives logits; None takes logits.
+        options: of ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = True
+    tap = "logits"
+
+    def __init__(
+        self, dim: int, *, splits: int = 10, extractor: Extractor | None = None, **options: Any
+    ) -> None:
+        super().__init__(dim, extractor, **options)
+        self.splits = splits
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean and spread over splits."""
+        found = inception_score(self._sorted("fake"), splits=self.splits, seed=None)
+        return torch.tensor(found.value), torch.tensor(found.stderr)
+
+
+class ClassAccuracy(_Banks):
+    """Top-1, top-5 and macro precision against the labels; see ``accuracy.class_accuracy``.
+
+    Args:
+        dim: number of classes.
+        extractor: gives logits; None takes logits.
+        options: of ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = True
+    tap = "logits"
+    logits: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, dim: int, extractor: Extractor | None = None, **options: Any) -> None:
+        super().__init__(extractor, **options)
+        self._bank("logits", dim)
+        self._bank("labels", dtype=torch.int64)
+
+    def update(self, values: Tensor, labels: Tensor) -> None:
+        """Add logits (B, dim), or images where there is an extractor, and labels (B,)."""
+        rows = self._rows(values).float().to(self.device)
+        if labels.shape != (len(rows),):
+            raise ValueError(f"expected {len(rows)} labels, got {tuple(labels.shape)}")
+        self.logits.append(rows)
+        self.labels.append(labels.to(self.device, torch.int64))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The three scores by name."""
+        found = class_accuracy(self.all_rows("logits"), self.all_rows("labels"))
+        names = ("top1", "top5", "macro_precision")
+        return {name: torch.tensor(getattr(found, name)) for name in names}
+
+
+__all__ = [
+    "CMMD",
+    "ClassAccuracy",
+    "FrechetDistance",
+    "InceptionScore",
+    "KernelDistance",
+    "PrecisionRecall",
+    "Vendi",
+]
