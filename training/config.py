@@ -50,7 +50,7 @@ class TrainConfig:
     heads: int = _field(3, "attention heads")
     head_dim: int = _field(64, "channels of an attention head")
 
-    steps: int = _field(6000, "updates; the learning rate decays to zero over them")
+    steps: int = _field(5000, "updates; the learning rate decays to zero over them")
     batch_size: int = _field(128, "images of an update, over all ranks")
     accumulate: int = _field(1, "passes of an update on each rank", free=True)
     learning_rate: float = _field(1.5e-3, "learning rate of AdamW after the warm-up")
@@ -63,7 +63,7 @@ class TrainConfig:
     compile: bool = _field(False, "torch.compile the network", free=True)
     seed: int = _field(0, "seed of the weights, the order and all noise")
 
-    weak_at: int = _field(0, "keep the averaged weights of this step for autoguidance; 0: none")
+    weak_at: int = _field(1000, "keep the averaged weights of this step for autoguidance; 0: none")
     save_dtype: str = _field(
         "float16", "precision of the saved weights", free=True, choices=("float16", "float32")
     )
