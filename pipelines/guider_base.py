@@ -205,6 +205,8 @@ class RuleGuider(BaseGuidance):
                 "prepare_models and cleanup_models, expected one for each of the two branches"
             )
         reading = read_level(self._reader, self._timestep, calls[0], self._unit_time)
+        if self._reader is not None and not getattr(self.rule, "commutes", False):
+            self._now.following = self._reader.following(self._timestep)
         scale = getattr(self.scheduler, "scale_model_input", None)
         at_step = None if scale is None else lambda x: scale(x, self._timestep)
         seen = receive(calls, pair, reading, at_step, self._latents, self._now.rebuilds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import diffusers
 import pytest
@@ -134,9 +135,15 @@ def test_a_rule_sees_the_sample_and_the_level(name: str) -> None:
     for seen, (sample, reading, denoised) in zip(spy.seen, given, strict=True):
         assert gap(seen.x, sample) < 1e-6
         assert torch.equal(seen.level.sigma, reading.level.sigma)
+        assert seen.next_level is not None
         if name != "modular-qwen":  # what the scheduler gets was rescaled after the guider
             guided = classifier_free(seen.cond, seen.uncond, SCALE)
             torch.testing.assert_close(guided, denoised, rtol=1e-4, atol=1e-3)
+    for before, after in pairwise(spy.seen):
+        assert torch.equal(before.next_level.sigma, after.level.sigma)
+    text = "cap_feats" if name == "modular-z-image" else "encoder_hidden_states"
+    embeds = [spy.seen[0].argument(text, branch) for branch in ("cond", "uncond")]
+    assert len(embeds[0]) == 2 and not torch.equal(embeds[0][0], embeds[1][0])
 
 
 @pytest.mark.parametrize("name", ["modular-sd3", "modular-sdxl", "modular-z-image", "modular-qwen"])
