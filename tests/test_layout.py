@@ -133,15 +133,14 @@ def test_files_and_functions_stay_short(folder: str) -> None:
     assert not bad, "split these:\n" + "\n".join(bad)
 
 
-def tracked_text_files() -> list[Path]:
+def files_to_read() -> list[Path]:
     """Every file of the repository that a person would read."""
     suffixes = {".py", ".md", ".toml", ".txt", ".yaml", ".cff", ".json", ""}
-    skip = {".git", ".venv", "out", "runs", "data", "build", "dist", "__pycache__"}
+    skip = {"out", "runs", "data", "build", "dist", "__pycache__"}
     found = []
     for base, folders, names in os.walk(ROOT):
-        folders[:] = [
-            f for f in folders if f not in skip and not f.endswith(("_cache", ".egg-info"))
-        ]
+        folders[:] = [f for f in folders if f == ".ci" or not (f in skip or f.startswith("."))]
+        folders[:] = [f for f in folders if not f.endswith(".egg-info")]
         found += [Path(base, name) for name in names if Path(name).suffix in suffixes]
     return [path for path in found if not path.is_symlink() and path.stat().st_size < 2**20]
 
@@ -150,7 +149,7 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
     places = "|".join(("work", "tmp", "home", "root", "opt", "Users", "mnt"))
     absolute = re.compile(rf"(?<![\w.~*{{}}\])/-])/(?:{places})(?:/|\b(?=[\"'`\s)]))")
     bad = []
-    for path in tracked_text_files():
+    for path in files_to_read():
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             if absolute.search(line) and not line.startswith("#!"):
                 bad.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
