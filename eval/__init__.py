@@ -1,6 +1,7 @@
 """Every number that papers on generated images report: pure float64 metrics, in one pass."""
 
 from .accuracy import class_accuracy as class_accuracy
+from .callback import PeriodicEvaluation as PeriodicEvaluation
 from .classifiers import load_classifier as load_classifier
 from .cmmd import cmmd as cmmd
 from .colour import colour_stats as colour_stats
@@ -40,6 +41,7 @@ __all__ = [
     "Extractor",
     "Gaussian",
     "Moments",
+    "PeriodicEvaluation",
     "Reading",
     "Score",
     "Settings",
