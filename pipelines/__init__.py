@@ -20,6 +20,7 @@ from .image_folder import ImageRequest as ImageRequest
 from .levels import Reading as Reading
 from .levels import noise_level as noise_level
 from .loading import load_pipeline as load_pipeline
+from .loading import load_weak as load_weak
 from .loading import model_digest as model_digest
 from .steer import Steering as Steering
 from .steer import steer as steer
@@ -45,6 +46,7 @@ __all__ = [
     "load_embedded",
     "load_embedded_weak",
     "load_pipeline",
+    "load_weak",
     "model_digest",
     "noise_level",
     "plan_images",

@@ -77,6 +77,7 @@ def generate_images(
     out: Path,
     *,
     rule: Guidance | None = None,
+    weak: Any = None,
     steps: int = 20,
     batch_size: int = 16,
     config: dict[str, Any] | None = None,
@@ -96,6 +97,7 @@ def generate_images(
         requests: what to make, see ``plan_images``.
         out: the folder; an unfinished run in it is continued.
         rule: a guidance method for ``steer``; None is the conditional model without guidance.
+        weak: a second model for the rule, see ``steer``.
         steps: solver steps.
         batch_size: images a call.
         config: further entries for the configuration in ``run.json``, e.g. the model's name.
@@ -126,7 +128,7 @@ def generate_images(
     mine = requests[rank::ranks]
     todo = folder.missing(mine)
     bar = _progress(len(mine), len(todo), rank, progress, title)
-    with bar, steer(pipe, rule) if rule is not None else nullcontext():
+    with bar, steer(pipe, rule, weak=weak) if rule is not None else nullcontext():
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
             arguments = {**extra, "num_inference_steps": steps, **_inputs(batch, extra)}
@@ -148,10 +150,14 @@ def _images(pipe: Any, arguments: dict[str, Any], count: int) -> Sequence[Any]:
             f"pipe: {type(pipe).__name__} was asked for {count} images and gave "
             f"{type(output).__name__}; only pipelines that make one image a prompt can be used here"
         )
-    if any(getattr(output, "nsfw_content_detected", None) or []):
+    flagged = getattr(output, "nsfw_content_detected", None) or []
+    black = [
+        g.initial_seed() for g, bad in zip(arguments["generator"], flagged, strict=False) if bad
+    ]
+    if black:
         raise ValueError(
-            f"pipe: the safety checker blackened an image of the seeds {arguments['generator']}; "
-            "change the prompt, or load the pipeline with safety_checker=None"
+            f"pipe: its safety checker blackened the images of the seeds {black}; change the "
+            "prompt, leave these seeds out, or save the pipeline without a safety checker"
         )
     return images
 

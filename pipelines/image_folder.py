@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -213,8 +212,12 @@ def plain(value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, str | int | float):
         return value
-    with suppress(AttributeError, ValueError):
-        return plain(value.tolist())  # numpy and torch
+    if hasattr(value, "tolist"):  # numpy and torch
+        return plain(value.tolist())
+    if callable(value):  # a classifier knows its own name
+        return str(
+            getattr(value, "id", None) or getattr(value, "__qualname__", type(value).__name__)
+        )
     return str(value)
 
 

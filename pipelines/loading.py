@@ -42,11 +42,40 @@ def load_pipeline(
         try:
             own = _class_name(source, kwargs) == ClassConditionalPipeline.__name__
             cls = ClassConditionalPipeline if own else DiffusionPipeline
-            pipe = cls.from_pretrained(source, torch_dtype=dtype, **kwargs)
+            pipe = cls.from_pretrained(source, **embedded.as_dtype(dtype), **kwargs)
         except Exception as error:  # loaders raise everything from KeyError to SafetensorError
             raise ValueError(_explain(source, error)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def load_weak(model: str | Path, pipe: Any) -> Any:
+    """The weak model of autoguidance: a denoiser called like the one of ``pipe``.
+
+    Args:
+        model: "embedded", or the folder of a pipeline or of its denoiser alone.
+        pipe: the pipeline that it will guide; gives the class, dtype and device.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if a file of it is damaged or it is another kind of model.
+    """
+    name = "unet" if getattr(pipe, "transformer", None) is None else "transformer"
+    strong = getattr(pipe, name)
+    if str(model) == "embedded":
+        return embedded.load_embedded_weak(dtype=strong.dtype, device=strong.device)
+    folder = Path(model).expanduser()
+    folder = folder / name if (folder / "model_index.json").is_file() else folder
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"weak: there is no model in the folder {str(model)!r} (no config.json); give "
+            "'embedded', or the folder of a pipeline or of its denoiser"
+        )
+    try:
+        weak = type(strong).from_pretrained(folder, **embedded.as_dtype(strong.dtype))
+    except Exception as error:
+        raise ValueError(_explain(folder, error)) from error
+    return weak.to(strong.device)
 
 
 def model_digest(model: str | Path) -> str | None:

@@ -15,13 +15,14 @@ import torch
 from diffusers.utils import logging
 
 from diffsteer.core import Guidance
+from diffsteer.eval import load_classifier
 from diffsteer.guidance import GuidanceInterval, ScaleSchedule, parse_scale, rules
 
 Reader = Callable[[str], Any]
 
 
 def rule_choices() -> dict[str, type]:
-    """The guidance methods that plain numbers and words can build, by the name of their file."""
+    """The guidance methods that a command line can build, by the name of their file."""
     ready = {name: rule for name, rule in rules().items() if _buildable(rule)}
     short = {name: rule.__module__.rpartition(".")[2] for name, rule in ready.items()}
     alone = [name for name in ready if list(short.values()).count(short[name]) == 1]
@@ -29,18 +30,21 @@ def rule_choices() -> dict[str, type]:
 
 
 def add_rule_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--guidance``, the intervals, and one option for each argument of any method."""
+    """Add ``--guidance``, ``--base``, the intervals, and an option for each argument."""
     choices = rule_choices()
     group = parser.add_argument_group("guidance")
     group.add_argument(
         "--guidance", default="none", choices=["none", *choices], help="the method (default: none)"
     )
+    group.add_argument(
+        "--base", metavar="METHOD[:NAME=VALUE,...]",
+        help="the method inside one that takes another: apg:scale=6,eta=0.5 (default: cfg)",
+    )  # fmt: skip
     ends = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
     group.add_argument("--interval", **ends, help="guide where LOW < sigma/alpha <= HIGH only")
     group.add_argument("--flow-interval", **ends, help="the same in flow sigmas, in [0, 1]")
     for name, owners in _options(choices).items():
-        rule = choices[owners[0]]
-        text = f"{_argument_help(rule, name)} [{', '.join(_default(choices, owners, name))}]"
+        text = f"{_argument_help(choices[owners[0]], name)} [{_defaults(choices, owners, name)}]"
         group.add_argument(_flag(name), dest=f"rule_{name}", metavar="VALUE", help=text)
 
 
@@ -59,29 +63,43 @@ def build_rule(args: argparse.Namespace, **defaults: Any) -> Guidance | None:
         for name, text in vars(args).items()
         if name.startswith("rule_") and text is not None
     }
-    intervals = [name for name in ("interval", "flow_interval") if getattr(args, name) is not None]
+    others = [name for name in ("interval", "flow_interval", "base") if getattr(args, name)]
     if args.guidance == "none":
-        stray = [*map(_flag, given), *map(_flag, intervals)]
-        if stray:
-            raise ValueError(f"{stray[0]} has no meaning without --guidance; choose a method")
+        if given or others:
+            stray = _flag([*given, *others][0])
+            raise ValueError(f"{stray} has no meaning without --guidance; choose a method")
         return None
-    cls = rule_choices()[args.guidance]
-    readers = _readers(cls)
+    if args.interval and args.flow_interval:
+        raise ValueError("--interval and --flow-interval say the same in two units; give one")
+    rule = _make(args.guidance, given, args.base, defaults)
+    if args.interval:
+        return GuidanceInterval(rule, *args.interval)
+    return GuidanceInterval.flow(rule, *args.flow_interval) if args.flow_interval else rule
+
+
+def _make(method: str, given: dict[str, str], base: str | None, defaults: dict[str, Any]) -> Any:
+    """Build a method from texts; what texts cannot say comes from ``base`` and the package."""
+    cls = rule_choices()[method]
+    names, readers = [item.name for item in fields(cls)], _readers(cls)
     stray = [name for name in given if name not in readers]
     if stray:
         raise ValueError(
-            f"{_flag(stray[0])} is no option of --guidance {args.guidance}, whose options are "
+            f"{_flag(stray[0])} is no option of --guidance {method}, whose options are "
             + ", ".join(map(_flag, readers))
         )
-    chosen = {name: value for name, value in defaults.items() if name in readers}
-    rule = cls(**{**chosen, **{n: _read(n, text, readers[n]) for n, text in given.items()}})
-    if len(intervals) == 2:
-        raise ValueError("--interval and --flow-interval say the same in two units; give one")
-    if args.interval is not None:
-        return GuidanceInterval(rule, *args.interval)
-    if args.flow_interval is not None:
-        return GuidanceInterval.flow(rule, *args.flow_interval)
-    return rule
+    parts = {name: value for name, value in defaults.items() if name in readers}
+    parts |= {name: _read(name, text, readers[name]) for name, text in given.items()}
+    if base is not None and "rule" not in names:
+        raise ValueError(f"--base has no meaning for --guidance {method}, which takes no method")
+    if base is not None or "rule" in _required(cls):
+        inner, _, text = (base or "cfg").partition(":")
+        if inner not in rule_choices():
+            raise ValueError(f"--base must be one of {', '.join(rule_choices())}, got {inner!r}")
+        options = dict(item.partition("=")[::2] for item in text.split(",") if item)
+        parts["rule"] = _make(inner, options, None, defaults)
+    if "classifier" in _required(cls):
+        parts["classifier"] = load_classifier("guidance")
+    return cls(**parts)
 
 
 def integers(text: str, *, count: int | None = None) -> list[int]:
@@ -156,10 +174,15 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _required(rule: type) -> list[str]:
+    items = fields(rule)
+    return [f.name for f in items if f.default is MISSING and f.default_factory is MISSING]
+
+
 def _buildable(rule: type) -> bool:
     readers = _readers(rule)
-    needed = (f.name for f in fields(rule) if f.default is MISSING and f.default_factory is MISSING)
-    return bool(readers) and all(name in readers for name in needed)
+    known = {*readers, "rule", "classifier"}
+    return rule is not GuidanceInterval and bool(readers) and known.issuperset(_required(rule))
 
 
 def _readers(rule: type) -> dict[str, Reader]:
@@ -204,9 +227,10 @@ def _options(choices: dict[str, type]) -> dict[str, list[str]]:
     return owners
 
 
-def _default(choices: dict[str, type], owners: list[str], name: str) -> list[str]:
-    values = {m: {f.name: f.default for f in fields(choices[m])}[name] for m in owners}
-    return [f"{m}: {'required' if v is MISSING else v}" for m, v in values.items()]
+def _defaults(choices: dict[str, type], owners: list[str], name: str) -> str:
+    values = {m: next(f.default for f in fields(choices[m]) if f.name == name) for m in owners}
+    shown = (f"{m}: {'required' if v is MISSING else v}" for m, v in values.items())
+    return ", ".join(shown)
 
 
 def _argument_help(rule: type, name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate import PartialState
 from diffsteer.pipelines import (
     generate_images,
     load_pipeline,
+    load_weak,
     model_digest,
     plan_images,
     takes_classes,
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="embedded", help="embedded (default), a pipeline folder, or a hub id")
     add("--revision", help="branch, tag or commit of a hub id")
+    add("--weak", help="a weaker model for autoguidance: embedded, or a folder")
     add("--out", type=Path, required=True, help="folder to fill; an unfinished run is continued")
     add("--overwrite", action="store_true", help="remove the run that is in the folder")
     add("--classes", default="all", help="class indices or names, dealt out in turn: 0,3,cat")
@@ -94,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Whatever can be checked without the model is checked before it is loaded.
     seeds, prompts, call = seeds_from(args), prompts_from(args), call_from(args)
     _cli.build_rule(args)
-    state = PartialState(cpu=args.device == "cpu")
+    # A rank may wait for the slowest one much longer than the ten minutes NCCL would grant it.
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))
     device = args.device if args.device and state.num_processes == 1 else state.device
     dtype = _cli.dtype_for(args.dtype, device)
     pipe = load_pipeline(args.model, dtype=dtype, device=device, revision=args.revision)
@@ -106,14 +110,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         classes = None if args.classes == "all" else _labels(args.classes)
         requests = plan_images(seeds, pipe=pipe, classes=classes)
+    weak = None if args.weak is None else load_weak(args.weak, pipe)
     model = {
         "model": args.model,
+        "weak": args.weak,
         "revision": args.revision,
         "model_digest": model_digest(args.model),
     }
     generate_images(
-        pipe, requests, args.out, rule=rule, steps=args.steps, batch_size=args.batch_size,
-        config=model, call=call, overwrite=args.overwrite, state=state,
+        pipe, requests, args.out, rule=rule, weak=weak, steps=args.steps,
+        batch_size=args.batch_size, config=model, call=call, overwrite=args.overwrite, state=state,
     )  # fmt: skip
     if state.is_main_process:
         print(f"{len(requests)} images in {args.out}, seen together in {args.out / 'grid.png'}")

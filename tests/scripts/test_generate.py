@@ -17,7 +17,14 @@ from PIL import Image
 from tiny_flow import tiny_pipeline
 from tiny_pipelines import build
 
-from diffsteer import AdaptiveProjectedGuidance, ClassConditionalPipeline, GuidanceInterval, steer
+from diffsteer import ClassConditionalPipeline, steer
+from diffsteer.guidance import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    GuidanceInterval,
+    ManifoldProjectedGuidance,
+)
 from diffsteer.pipelines import files
 
 cli = scripts_main.load("_cli")
@@ -234,6 +241,8 @@ BAD = {
     "open": (("--seeds", "5-"), "add --num"),
     "prompt": (("--prompt", "a fox"), "ClassConditionalPipeline takes no prompt"),
     "prompt file": (("--prompt-file", "nowhere.txt"), "nowhere.txt"),
+    "base": (("--guidance", "apg", "--base", "cfg"), "--base has no meaning for --guidance apg"),
+    "base name": (("--guidance", "cfgmp", "--base", "x"), "--base must be one of"),
     "call": (("--call", "colour=3"), "takes no argument 'colour'"),
     "call form": (("--call", "sigmas"), "--call must look like NAME=JSON"),
 }
@@ -291,6 +300,37 @@ def test_local_folders_of_any_family(family, generate, tmp_path):
         pixels(tmp_path / "out"),
         dict(zip(pixels(tmp_path / "out"), map(array, plain), strict=True)),
     )
+
+
+def test_autoguidance_takes_a_weak_folder(generate, model, tmp_path):
+    options = ("--guidance", "autoguidance", "--scale", "3", "--num", 2)
+    assert generate(*options, "--weak", model) == (0, "")
+    assert generate("--num", 2, out="plain")[0] == 0
+    assert_same(pixels(tmp_path / "out"), pixels(tmp_path / "plain"))  # its own equal: no push
+    code, message = generate(*options, "--weak", "./nowhere", out="other")
+    assert code == 2 and "weak: there is no model in the folder './nowhere'" in message
+    code, message = generate(*options, out="other")
+    assert code == 2 and "weak" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--guidance", "cfgmp"), ManifoldProjectedGuidance(ClassifierFreeGuidance())),
+        (
+            ("--guidance", "autoguidance", "--base", "apg:scale=2,eta=1"),
+            AutoGuidance(rule=AdaptiveProjectedGuidance(scale=2.0, eta=1.0)),
+        ),
+        (("--guidance", "apg", "--radius", "5"), AdaptiveProjectedGuidance(radius=5.0)),
+        (
+            ("--guidance", "cfg", "--interval", "0.5", "inf"),
+            GuidanceInterval(ClassifierFreeGuidance(), 0.5, float("inf")),
+        ),
+    ],
+)
+def test_rules_are_built_from_texts(options, expected):
+    args = scripts_main.load("generate").parser().parse_args(["--out", "x", *options])
+    assert cli.build_rule(args) == expected
 
 
 def test_text_pipelines_need_a_prompt(generate, tmp_path):
