@@ -21,6 +21,8 @@ from .moments import check_features
 # Safety factor on the rounding error of a dot product of d terms, about sqrt(d) units in the last
 # place; the largest error seen in tests is under a tenth of the bound.
 _SAFETY = 4.0
+# Relative rounding of the factors of a product: none, TF32, bfloat16.
+_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-9}
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,18 @@ def exact_squared(a: Points, rows: Tensor, b: Points, columns: Tensor) -> Tensor
 
 
 def tolerance(a: Points, b: Points) -> float:
-    """Bound on the error of a squared distance from the float32 product."""
-    unit = torch.finfo(torch.float32).eps
-    if a.exact.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        unit = 2.0**-10  # the user allowed TF32: ten bits of each factor
-    growth = math.sqrt(max(a.exact.shape[1], 16))
-    return _SAFETY * unit * growth * (a.largest_norm + b.largest_norm)
+    """Bound on the error of a squared distance from the product, at the precision in force.
+
+    Two parts: sums of d terms, and factors that are rounded first where the user allowed TF32 or
+    bfloat16 products (``torch.set_float32_matmul_precision``). The second is a worst case
+    (Cauchy-Schwarz), so those products only send more pairs to the exact comparison.
+    """
+    sums = _SAFETY * torch.finfo(torch.float32).eps * math.sqrt(max(a.exact.shape[1], 16))
+    try:
+        factors = _ROUNDING[torch.get_float32_matmul_precision()]
+    except (RuntimeError, KeyError):  # set through the newer, finer switches
+        factors = _ROUNDING["medium"]
+    return (sums + 2 * factors) * (a.largest_norm + b.largest_norm)
 
 
 def tiles(a: Points, b: Points, chunk: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -116,12 +124,10 @@ def radii_squared(points: Points, k: int, *, chunk: int = 1024) -> Tensor:
     Raises:
         ValueError: if there are not more than ``k`` rows.
     """
-    return nearest(points, points, k, chunk=chunk, skip_self=True)[0][:, -1]
+    return _nearest(points, points, k, chunk, skip_self=True, only_last=True)[0][:, -1]
 
 
-def nearest(
-    a: Points, b: Points, k: int, *, chunk: int = 1024, skip_self: bool = False
-) -> tuple[Tensor, Tensor]:
+def nearest(a: Points, b: Points, k: int, *, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """Exact squared distances and indices of the k rows of ``b`` nearest to each row of ``a``.
 
     Args:
@@ -129,7 +135,6 @@ def nearest(
         b: M rows.
         k: how many neighbours.
         chunk: rows of ``a`` at a time.
-        skip_self: leave out pairs of equal index (``a`` and ``b`` are the same set).
 
     Returns:
         (N, k) float64, ascending, and (N, k) int64. Ties go to any of the tied rows.
@@ -137,6 +142,12 @@ def nearest(
     Raises:
         ValueError: if ``b`` has too few rows.
     """
+    return _nearest(a, b, k, chunk, skip_self=False, only_last=False)
+
+
+def _nearest(
+    a: Points, b: Points, k: int, chunk: int, *, skip_self: bool, only_last: bool
+) -> tuple[Tensor, Tensor]:
     available = len(b) - int(skip_self)
     if not 1 <= k <= available:
         raise ValueError(
@@ -149,7 +160,7 @@ def nearest(
     for start in range(0, len(a), chunk):
         rows = torch.arange(start, min(start + chunk, len(a)), device=a.exact.device)
         rough, candidates = _candidates(a, b, rows, min(k + 8, available), skip_self)
-        found, order = _exact_rows(a, rows, b, candidates, k)
+        found, order = _exact_rows(a, rows, b, candidates, rough, k, slack, only_last)
         distances[rows], indices[rows] = found, candidates.gather(1, order)
         # What was not a candidate is at least this far, give or take the rounding error.
         if candidates.shape[1] < available:
@@ -182,10 +193,27 @@ def _candidates(
 
 
 def _exact_rows(
-    a: Points, rows: Tensor, b: Points, candidates: Tensor, k: int
+    a: Points,
+    rows: Tensor,
+    b: Points,
+    candidates: Tensor,
+    rough: Tensor,
+    k: int,
+    slack: float,
+    only_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    flat = rows[:, None].expand_as(candidates).reshape(-1)
-    exact = exact_squared(a, flat, b, candidates.reshape(-1)).view(candidates.shape)
+    """The k nearest candidates by exact distance; with ``only_last`` the k-th alone is exact.
+
+    Candidates that are nearer or farther than the k-th by more than the error need no exact
+    distance to be told from it, and most need none.
+    """
+    middle = rough[:, k - 1, None]
+    wanted = rough <= middle + 2 * slack
+    if only_last:
+        wanted &= rough >= middle - 2 * slack
+    exact = torch.where(rough < middle, -torch.inf, torch.inf).double()
+    row, column = wanted.nonzero(as_tuple=True)
+    exact[row, column] = exact_squared(a, rows[row], b, candidates[row, column])
     return exact.topk(k, dim=1, largest=False, sorted=True)
 
 

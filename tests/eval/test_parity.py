@@ -111,6 +111,19 @@ def test_neighbours_are_those_of_exact_distances(pair, offset, dtype):
     torch.testing.assert_close(exact.gather(1, index), distance, rtol=1e-12, atol=0)
 
 
+@pytest.fixture
+def rough_products():
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_prdc_counts_do_not_depend_on_the_precision_of_products(pair, rough_products):
+    rough = prdc(*pair, 3)  # rough where the processor has such products, and warier anyway
+    torch.set_float32_matmul_precision("highest")
+    assert rough == prdc(*pair, 3)
+
+
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1e3])
 def test_prdc_counts_are_those_of_exact_distances_also_far_from_the_origin(pair, offset):
     real, fake = ((rows + offset) for rows in pair)
