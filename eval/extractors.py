@@ -36,6 +36,17 @@ class Taps:
         return self.features, self.logits, self.spatial
 
 
+class NotFinite(ValueError):
+    """Features that are NaN or infinite; ``rows`` says of which images of the call."""
+
+    def __init__(self, name: str, rows: list[int], count: int) -> None:
+        super().__init__(
+            f"{name} gives NaN or infinity for {len(rows)} of {count} images (first: number "
+            f"{rows[0]} of its batch)"
+        )
+        self.name, self.rows = name, rows
+
+
 class Extractor:
     """A frozen network behind a fixed resize, value range, precision and batch size.
 
@@ -91,7 +102,7 @@ class Extractor:
 
         Raises:
             TypeError: if the images are not uint8.
-            ValueError: if a feature is NaN or infinite, also in float32.
+            NotFinite: if a feature is NaN or infinite, also in float32.
         """
         for image in [images] if isinstance(images, Tensor) else images:
             if image.dtype != torch.uint8:
@@ -100,7 +111,11 @@ class Extractor:
             self._micro(images[start : start + self.micro_batch])
             for start in range(0, len(images), self.micro_batch)
         ]
-        return Taps(*(_joined([part.all[i] for part in parts]) for i in range(3)))  # type: ignore[arg-type]
+        taps = Taps(*(_joined([part.all[i] for part in parts]) for i in range(3)))  # type: ignore[arg-type]
+        bad = (~torch.isfinite(taps.features).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise NotFinite(self.name, bad, len(images))
+        return taps
 
     def _micro(self, images: Tensor | list[Tensor]) -> Taps:
         batch = resized(images, self.side, self.resize).to(self.device) / 255
@@ -111,12 +126,6 @@ class Extractor:
             self.network.float()
             taps = self._run(padded, torch.float32)[: len(batch)]
             self.network.to(self.dtype)
-        bad = ~torch.isfinite(taps.features).all(1)
-        if bool(bad.any()):
-            raise ValueError(
-                f"{self.name} gives NaN or infinity for {int(bad.sum())} of {len(batch)} images "
-                f"(first: image {int(bad.nonzero()[0])} of its batch)"
-            )
         return taps
 
     def _run(self, batch: Tensor, dtype: torch.dtype) -> Taps:

@@ -14,6 +14,7 @@ def findings(fake: FeatureSet, reference: Reference, settings: Settings) -> list
     return [
         *_counts(fake, reference, settings),
         *_copies(fake, reference),
+        *_flatness(fake),
         *_balance(fake, reference),
     ]
 
@@ -43,6 +44,16 @@ def _copies(fake: FeatureSet, reference: Reference) -> list[str]:
     if memorised:
         found.append(f"{memorised} generated samples are exact copies of real ones")
     return found
+
+
+def _flatness(fake: FeatureSet) -> list[str]:
+    contrast = fake.colour[:, 1]
+    if len(contrast) and bool((contrast < 1 / 255).all()):
+        return [
+            "all generated images are flat (contrast below one grey level): were floats in [0, 1] "
+            "cast to uint8?"
+        ]
+    return []
 
 
 def _balance(fake: FeatureSet, reference: Reference) -> list[str]:

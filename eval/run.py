@@ -16,9 +16,9 @@ from tqdm import tqdm
 from .arrays import open_array
 from .cache import FeatureCache
 from .decode import Alpha
-from .extractors import Extractor
+from .extractors import Extractor, NotFinite
 from .features import FeatureSet, extract
-from .images import ImageSource, batches, open_images
+from .images import Batch, ImageSource, batches, open_images
 from .labels import find_labels
 from .report import EvalResult
 from .runs import incomplete
@@ -124,13 +124,37 @@ def read_features(
             on_error=reading.on_error, skipped=skipped, alpha=reading.alpha,
         ):  # fmt: skip
             sizes.update(f"{image.shape[2]}x{image.shape[1]}" for image in batch.images)
-            parts.append(extract(batch.images, extractors, index=torch.tensor(batch.indices)))
+            parts.append(_extracted(batch, source, extractors, reading.on_error, skipped))
             bar.update(len(batch.indices))
     read = Read(FeatureSet.join(parts), source, dict(source.notes), skipped, dict(sizes))
     if cache:
         note = {"notes": read.notes, "skipped": skipped, "sizes": read.sizes}
         cache.put(key, read.features, note)
     return read
+
+
+def _extracted(
+    batch: Batch,
+    source: ImageSource,
+    extractors: Sequence[Extractor],
+    on_error: str,
+    skipped: list[str],
+) -> FeatureSet:
+    """Features of a batch; images without finite features are named, or left out and named."""
+    images, indices = batch.images, list(batch.indices)
+    while indices:
+        try:
+            return extract(images, extractors, index=torch.tensor(indices))
+        except NotFinite as error:
+            names = [source.names[indices[row]] for row in error.rows]
+            message = f"{error.name} gives NaN or infinity for {names[0]} of {source.where}"
+            if on_error == "fail":
+                raise ValueError(f"{message} (and {len(names) - 1} more in its batch)") from error
+            skipped += [f"{error.name} gives NaN or infinity for {name}" for name in names]
+            bad = set(error.rows)
+            images = [image for row, image in enumerate(images) if row not in bad]
+            indices = [index for row, index in enumerate(indices) if row not in bad]
+    return FeatureSet()
 
 
 def evaluate(

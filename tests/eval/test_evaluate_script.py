@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
-from eval_samples import tiny_extractor
+from eval_samples import TinyNet, tiny_extractor
 from PIL import Image
 
 import diffsteer.eval.pretrained as pretrained
+from diffsteer.eval import Extractor
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
 
@@ -149,6 +150,40 @@ def test_an_unreadable_image_fails_or_is_skipped_and_listed(script, folders, cap
     found = scored(script, capsys, fake, "--reference", real, "--on-error", "skip")
     assert "000007.png" in found["meta"]["skipped_images"][0]
     assert found["labels"]["saturation"] == "saturation@39"
+
+
+def test_an_image_without_finite_features_is_named_or_left_out(
+    script, folders, capsys, monkeypatch
+):
+    fake, real = folders
+    Image.new("RGB", (16, 16), (255, 255, 255)).save(Path(fake) / "images" / "000007.png")
+
+    class Fragile(TinyNet):
+        def forward(self, images):
+            taps = super().forward(images)
+            taps.features[images.amin((1, 2, 3)) == 1] = float("nan")
+            return taps
+
+    made = Extractor(Fragile(), space="tiny", side=16, micro_batch=8, class_names=tuple("abcd"))
+    monkeypatch.setitem(pretrained.EXTRACTORS, "cifar", lambda settings, device: made)
+    assert script.main([fake, "--reference", real]) == 2
+    error = capsys.readouterr().err
+    assert "000007.png" in error and "Fragile gives NaN" in error
+    found = scored(script, capsys, fake, "--reference", real, "--on-error", "skip")
+    assert found["labels"]["precision"] == "precision@39"
+    assert any("Fragile gives NaN" in warning for warning in found["warnings"])
+
+
+def test_a_page_and_plots_are_written_beside_the_result(script, folders, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    fake, real = folders
+    page, out = tmp_path / "report.html", tmp_path / "out"
+    arguments = [fake, fake + "/images", "--reference", real, "--out", str(out), "--plots"]
+    assert script.main([*arguments, "--html", str(page)]) == 0
+    assert "<table>" in page.read_text() and (out / "precision_recall.png").is_file()
+    assert script.main([fake, "--reference", real, "--html", str(page)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert script.main([fake, "--reference", real, "--plots"]) == 2
 
 
 def test_without_a_reference_what_needs_none_is_scored(script, folders, capsys):

@@ -148,6 +148,13 @@ def test_suspicious_counts_and_copies_are_said(extractor, count, words):
     assert any(words in warning for warning in suite.compute().warnings)
 
 
+def test_bytes_that_were_floats_are_said(extractor):
+    suite = suite_of(extractor, ("colour",))
+    suite.update((torch.rand(20, 3, 16, 16)).to(torch.uint8))
+    suite.update(torch.ones(4, 3, 16, 16, dtype=torch.uint8))
+    assert any("cast to uint8" in warning for warning in suite.compute().warnings)
+
+
 def test_collapse_and_imbalance_are_said(extractor, pair):
     real, fake = pair
     fake = torch.cat([fake[:50], fake[:10]])
