@@ -1,0 +1,55 @@
+"""Average the weights of several trainings of one classifier, and report the result."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from diffsteer import __version__
+from diffsteer.eval.classifiers import CifarClassifier
+from diffsteer.training.checkpoint import write_json
+from diffsteer.training.classifier import RESULT_FILE, classification_report, predict
+from diffsteer.training.data import load_images
+from diffsteer.training.weight_average import average_classifiers, measure_statistics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("folders", type=Path, nargs="+", help="results of train_classifier.py")
+    parser.add_argument("--shares", type=float, nargs="*", help="one a folder; equal ones if left")
+    parser.add_argument("--data", default="uoft-cs/cifar10", help="parquet or image folder, or hub")
+    parser.add_argument("--images", type=int, default=10_000, help="that set the statistics")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the result")
+    args = parser.parse_args()
+    try:
+        if (args.out / RESULT_FILE).exists():
+            raise FileExistsError(f"{args.out} holds a finished run; choose another folder")
+        parts = [CifarClassifier.from_pretrained(folder) for folder in args.folders]
+        network = average_classifiers(parts, args.shares)
+        train = load_images(args.data, split="train")
+        test = load_images(args.data, split="test")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        measure_statistics(network, train.pixels[order[: args.images]])
+        network.save_pretrained(args.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"average_classifiers: {error}") from error
+    stored = CifarClassifier.from_pretrained(args.out)
+    result = {
+        "id": stored.id,
+        "parameters": sum(p.numel() for p in stored.parameters()),
+        "test": classification_report(predict(stored, test.pixels), test.labels),
+        "average_of": [part.id for part in parts],
+        "shares": args.shares,
+        "images": args.images,
+        "versions": {"torch": torch.__version__, "diffsteer": __version__},
+    }
+    write_json(args.out / RESULT_FILE, result)
+    print(f"{result['id']}: {result['test']}, saved to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
