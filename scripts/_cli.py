@@ -8,6 +8,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from importlib.util import find_spec
 from types import NoneType
 from typing import Any
 
@@ -19,6 +20,10 @@ from diffsteer.eval import load_classifier
 from diffsteer.guidance import GuidanceInterval, ScaleSchedule, parse_scale, rules
 
 Reader = Callable[[str], Any]
+USER_ERRORS = (
+    *(ValueError, TypeError, OSError, NotImplementedError),
+    *(FloatingPointError, torch.OutOfMemoryError),
+)
 
 
 def rule_choices() -> dict[str, type]:
@@ -147,18 +152,27 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        _hush()
     try:
         main(argv)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, NotImplementedError, torch.OutOfMemoryError) as error:
+    except USER_ERRORS as error:
         if "--traceback" in arguments:
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _hush() -> None:
+    """No bars of loaders in log files."""
+    logging.disable_progress_bar()
+    if find_spec("transformers"):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def _message(error: Exception) -> str:

@@ -149,7 +149,8 @@ class Trainer:
                 self._keep()
                 # Ranks must agree on when to stop; asking at every step would stall the devices.
                 if (logged or self.accelerator.num_processes == 1) and self._agree(stop.asked):
-                    self.checkpoint()
+                    if not self._due(self.config.checkpoint_every):
+                        self.checkpoint()
                     break
         if self.config.log_with:
             self.accelerator.end_training()
