@@ -118,6 +118,7 @@ def generate_images(
     _check_counts(steps=steps, batch_size=batch_size)
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
     extra = _check_call(pipe, requests, guided=rule is not None, call=call or {})
+    extra["num_inference_steps"] = steps
     folder, began = ImageFolder(out), time.time()
     missing: list[ImageRequest] = []
     if rank == 0:
@@ -130,16 +131,21 @@ def generate_images(
     bar = _progress(len(mine), len(todo), rank, progress, title)
     with bar, steer(pipe, rule, weak=weak) if rule is not None else nullcontext():
         for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            arguments = {**extra, "num_inference_steps": steps, **_inputs(batch, extra)}
-            for request, image in zip(batch, _images(pipe, arguments, len(batch)), strict=True):
-                folder.add(request, image)
-            bar.update(len(batch))
+            _fill(folder, pipe, todo[start : start + batch_size], extra)
+            bar.update(min(batch_size, len(todo) - start))
     _wait(state)
     if rank == 0 and (missing or not (folder.read() or {}).get("complete")):
         folder.finish(requests, _session(pipe, len(missing), batch_size, ranks, began))
     _wait(state)
     return folder.path
+
+
+def _fill(
+    folder: ImageFolder, pipe: Any, batch: Sequence[ImageRequest], extra: dict[str, Any]
+) -> None:
+    images = _images(pipe, {**extra, **_inputs(batch, extra)}, len(batch))
+    for request, image in zip(batch, images, strict=True):
+        folder.add(request, image)
 
 
 def _images(pipe: Any, arguments: dict[str, Any], count: int) -> Sequence[Any]:

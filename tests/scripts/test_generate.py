@@ -80,7 +80,8 @@ def test_images_are_those_of_the_steered_pipeline(generate, model, tmp_path):
         call = {"seeds": [3, 8, 9], "num_inference_steps": 3, "guidance_scale": 2.0}
         expected = pipe(["cat", "truck", "cat"], **call).images
     assert_same(images, dict(zip(images, map(array, expected), strict=True)))
-    assert Image.open(tmp_path / "out/grid.png").width > 2 * 96
+    with Image.open(tmp_path / "out/grid.png") as grid:
+        assert grid.width > 2 * 96
 
 
 def test_run_json_says_how_each_image_was_made(generate, model, tmp_path):
