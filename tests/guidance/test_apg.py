@@ -279,6 +279,16 @@ def test_a_zero_axis_is_no_direction() -> None:
     torch.testing.assert_close(guided, -2 * uncond)
 
 
+def test_inputs_are_left_as_they_were() -> None:
+    (cond, uncond), previous = pair(), torch.randn(3, 2, 5, 4, dtype=torch.float64)
+    given = [t.clone() for t in (cond, uncond, previous)]
+    _, memory = adaptive_projected(cond, uncond, 4.0, momentum=-0.5, radius=1.0, previous=previous)
+    kept = memory.clone()
+    adaptive_projected(cond, uncond, 4.0, momentum=-0.5, previous=memory)
+    then, now = [*given, kept], [cond, uncond, previous, memory]
+    assert all(torch.equal(a, b) for a, b in zip(then, now, strict=True))
+
+
 def test_predictions_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="same shape"):
         apg(torch.randn(2, 3, 4), torch.randn(2, 1, 4))
