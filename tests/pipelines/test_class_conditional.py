@@ -213,7 +213,7 @@ BAD_CALLS = {
     "scale NaN": ({"guidance_scale": float("nan")}, ValueError, "guidance_scale .* got nan"),
     "seeds": ({"seeds": [1, 2, 3]}, ValueError, "seeds: got 3 for 2 class_labels"),
     "seed of no type": ({"seeds": [1, 2.5]}, TypeError, "seeds must be integers, got 2.5"),
-    "negative seed": ({"seeds": [1, -2]}, ValueError, "seeds must not be negative, got -2"),
+    "negative seed": ({"seeds": [1, -2]}, ValueError, r"seeds must be in \[0, 2\*\*64\), got -2"),
     "generators": ({"generator": [torch.Generator()]}, ValueError, "generator: got 1 for 2"),
     "no generator": ({"generator": 7}, TypeError, "generator: expected torch.Generator"),
     "both": ({"seeds": [1, 2], "latents": torch.zeros(2, 3, 8, 8)}, ValueError, "seeds or latents"),
