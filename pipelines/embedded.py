@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import DiTTransformer2DModel
 
@@ -29,9 +30,7 @@ def load_embedded(
         FileNotFoundError: if the package was installed without its weights.
     """
     folder = weights_folder("model")
-    pipe = ClassConditionalPipeline.from_pretrained(
-        folder, torch_dtype=dtype, local_files_only=True
-    )
+    pipe = ClassConditionalPipeline.from_pretrained(folder, **as_dtype(dtype))
     return pipe if device is None else pipe.to(device)
 
 
@@ -42,10 +41,15 @@ def load_embedded_weak(
 
     Same inputs and outputs as ``load_embedded().transformer``; arguments and errors as there.
     """
-    model: Any = DiTTransformer2DModel.from_pretrained(
-        weights_folder("weak"), torch_dtype=dtype, local_files_only=True
-    )
+    folder = weights_folder("weak")
+    model: Any = DiTTransformer2DModel.from_pretrained(folder, **as_dtype(dtype))
     return model if device is None else model.to(device)
+
+
+def as_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """``from_pretrained``'s argument for the dtype; diffusers renamed it in 0.42."""
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if release >= (0, 42) else "torch_dtype": dtype}
 
 
 def weights_folder(name: Literal["model", "weak"]) -> Path:
