@@ -148,11 +148,11 @@ class LevelReader:
         s = self.scheduler
         if hasattr(s, "_sigma_to_alpha_sigma_t") and not hasattr(s, "precondition_outputs"):
             if s.config.get("use_flow_sigmas", False):
-                return Level.flow(sigma)
+                return Level(1 - sigma, sigma)
             return Level(*s._sigma_to_alpha_sigma_t(sigma))
         if any(part in type(s).__name__ for part in _FLOW):
             inverted = s.config.get("invert_sigmas", False)
-            return Level(sigma, 1 - sigma) if inverted else Level.flow(sigma)
+            return Level(sigma, 1 - sigma) if inverted else Level(1 - sigma, sigma)
         return Level.ve(sigma)
 
     def _kind(self) -> Kind:
