@@ -342,7 +342,8 @@ def test_text_pipelines_need_a_prompt(generate, tmp_path):
 
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same_images(generate, model, tmp_path):
-    options = ("--num", "5", "--batch-size", "2", "--guidance", "apg", "--scale", "4")
+    # Not --num: torchrun takes it for an abbreviation of its own (accelerate launch does not).
+    options = ("--seeds", "0-4", "--batch-size", "2", "--guidance", "apg", "--scale", "4")
     assert generate(*options)[0] == 0
     script = Path(scripts_main.SCRIPTS) / "generate.py"
     launch = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2")
