@@ -72,22 +72,15 @@ def sd3(arguments: argparse.Namespace) -> tuple[Any, Run]:
     dtype = torch.bfloat16
     with torch.device(arguments.device):
         transformer = diffusers.SD3Transformer2DModel(**SD3_MEDIUM, num_layers=arguments.layers)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(32,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-    )
+    stages = {"down_block_types": ("DownEncoderBlock2D",) * 4}
+    stages |= {"up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (32,) * 4}
+    vae = diffusers.AutoencoderKL(**stages, latent_channels=16)
+    text = {f"{part}{n}": None for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")}
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=transformer.to(dtype).requires_grad_(False),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae.to(dtype),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        **text,
     ).to(arguments.device)
     batch, options = arguments.batch, {"device": arguments.device, "dtype": dtype}
     embeds = {
