@@ -124,8 +124,9 @@ def frechet_distance_of_moments(a: Moments, b: Moments) -> float:
 def frechet_distance_from_features(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of two sets of feature rows.
 
-    Where both sets have at most d rows the covariances are never formed: the nuclear norm of the
-    product of the two centred data matrices is the trace term, to full precision at any rank.
+    Where both sets have at most 4 d rows the covariances are never formed: the nuclear norm of the
+    product of the two centred data matrices is the trace term, to full precision at any rank. With
+    more rows covariances are well enough conditioned, and faster.
 
     Args:
         a: shape (N, d), any floating dtype; computed in float64.
@@ -140,7 +141,7 @@ def frechet_distance_from_features(a: Tensor, b: Tensor) -> float:
         raise ValueError(f"features have {a.shape[1]} and {b.shape[1]} columns; expected the same")
     if min(len(a), len(b)) < 2:
         raise ValueError(f"expected at least 2 samples on each side, got {len(a)} and {len(b)}")
-    if max(len(a), len(b)) > a.shape[1]:
+    if max(len(a), len(b)) > 4 * a.shape[1]:
         return frechet_distance_of_moments(Moments.of(a), Moments.of(b))
     mean_a, factor_a = _centred_factor(a)
     mean_b, factor_b = _centred_factor(b)
@@ -152,7 +153,10 @@ def frechet_distance_from_features(a: Tensor, b: Tensor) -> float:
 def _centred_factor(features: Tensor) -> tuple[Tensor, Tensor]:
     wide = features.to(torch.float64)
     mean = wide.mean(0)
-    return mean, (wide - mean) / (len(wide) - 1) ** 0.5
+    rows: Tensor = (wide - mean) / (len(wide) - 1) ** 0.5
+    if len(rows) > rows.shape[1]:  # the triangular factor has the same singular values, fewer rows
+        rows = torch.linalg.qr(rows, mode="r").R
+    return mean, rows
 
 
 def _finish(gap: Tensor, traces: Tensor, root_trace: Tensor) -> float:
