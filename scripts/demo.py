@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="begin anew what is there")
     add("--model", default="embedded", help="embedded (default), or a class-conditional folder")
     add("--scales", type=float, nargs=2, default=[3.0, 8.0], help="moderate and high (3 and 8)")
-    add("--num", type=int, default=200, help="images of each setting that are scored (200)")
+    add("--num", type=int, default=120, help="images of each setting that are scored (120)")
     add("--steps", type=int, default=20, help="solver steps (20)")
     add("--batch-size", type=int, default=50, help="images a call (50)")
     add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
