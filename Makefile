@@ -32,7 +32,7 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## every benchmark, each beside a peer; minutes
+bench: $(VENV)/.dev  ## every benchmark at full size, each beside a peer; up to hours
 	@set -e; for script in benchmarks/bench_*.py; do \
 		echo "== $$script"; $(BIN)/python $$script; done
 
