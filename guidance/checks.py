@@ -6,7 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_number(
@@ -91,3 +91,29 @@ def check_rule(name: str, rule: Any) -> None:
             f"{name} must be a guidance method such as ClassifierFreeGuidance(scale=4.0), "
             f"got {rule!r} of type {type(rule).__name__}; methods are objects, not names"
         )
+
+
+def check_classifier(classifier: Any) -> None:
+    """Refuse what does not map images to logits, or would do so in training mode.
+
+    Raises:
+        TypeError: if it is not callable.
+        ValueError: if it is a module in training mode.
+    """
+    if not callable(classifier):
+        raise TypeError(f"classifier must map images to logits, got {classifier!r}")
+    if isinstance(classifier, nn.Module) and classifier.training:
+        raise ValueError("classifier is in training mode; call classifier.eval() first")
+
+
+def one_label_a_sample(labels: Tensor, sample: Tensor) -> Tensor:
+    """The labels as integers beside ``sample``, (B, ...).
+
+    Raises:
+        ValueError: unless there is one a sample.
+    """
+    if labels.shape != (sample.shape[0],):
+        raise ValueError(
+            f"labels must have shape ({sample.shape[0]},), one a sample, got {tuple(labels.shape)}"
+        )
+    return labels.to(sample.device).long()

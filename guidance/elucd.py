@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from ..core.prediction import Level
 from ..core.step import Branch, Guidance, Step
 from ..core.tensors import per_sample, sample_norm, widen
-from .checks import check_choice, check_number, check_rule
+from .checks import (
+    check_choice,
+    check_classifier,
+    check_number,
+    check_rule,
+    one_label_a_sample,
+)
 
 Form = Literal["score", "posterior", "direction"]
 
@@ -179,10 +185,7 @@ class CalibratedClassifierGuidance:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before a run."""
-        if not callable(self.classifier):
-            raise TypeError(f"classifier must map images to logits, got {self.classifier!r}")
-        if isinstance(self.classifier, nn.Module) and self.classifier.training:
-            raise ValueError("classifier is in training mode; call classifier.eval() first")
+        check_classifier(self.classifier)
         if self.rule is not None:
             check_rule("rule", self.rule)
             if getattr(self.rule, "moves", False) and self.form == "direction":
@@ -238,12 +241,7 @@ class CalibratedClassifierGuidance:
 
     def _labels(self, step: Step) -> Tensor:
         labels = step.argument(self.condition) if self.labels is None else self.labels
-        if labels.shape != (step.cond.shape[0],):
-            raise ValueError(
-                f"labels must have shape ({step.cond.shape[0]},), one a sample, got "
-                f"{tuple(labels.shape)}"
-            )
-        return labels.to(step.cond.device).long()
+        return one_label_a_sample(labels, step.cond)
 
     def _energy(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = widen(self.classifier(images))

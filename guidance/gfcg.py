@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.step import Step
 from ..core.tensors import per_sample, widen
-from .checks import check_choice, check_number
+from .checks import check_choice, check_classifier, check_number, one_label_a_sample
 
 Mode = Literal["pair", "top", "miss", "binary", "const"]
 Combine = Literal["alone", "cfg", "switch", "autoguidance"]
@@ -141,10 +141,7 @@ class GradientFreeClassifierGuidance:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before a run."""
-        if not callable(self.classifier):
-            raise TypeError(f"classifier must map images to logits, got {self.classifier!r}")
-        if isinstance(self.classifier, nn.Module) and self.classifier.training:
-            raise ValueError("classifier is in training mode; call classifier.eval() first")
+        check_classifier(self.classifier)
         check_number("scale", self.scale, low=0.0, remedy="0 is off")
         check_number("cfg_scale", self.cfg_scale, remedy="1 is no guidance")
         check_number("temperature", self.temperature, low=0.0, open_low=True, remedy="1 is none")
@@ -214,12 +211,7 @@ class GradientFreeClassifierGuidance:
             labels = self.labels
         elif isinstance(self.condition, str):
             labels = step.argument(self.condition)
-        if labels.shape != (step.cond.shape[0],):
-            raise ValueError(
-                f"labels must have shape ({step.cond.shape[0]},), one a sample, got "
-                f"{tuple(labels.shape)}"
-            )
-        return labels.to(step.cond.device).long()
+        return one_label_a_sample(labels, step.cond)
 
     def _condition(self, labels: Tensor) -> dict[str, Any]:
         if isinstance(self.condition, str):

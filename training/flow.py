@@ -24,6 +24,17 @@ def logit_normal(gauss: Tensor, *, mean: float, std: float) -> Tensor:
     return torch.sigmoid(std * gauss + mean)
 
 
+def draw_flow(
+    shape: tuple[int, ...], generator: torch.Generator, *, mean: float, std: float
+) -> tuple[Tensor, Level]:
+    """Noise of ``shape`` (B, ...) and logit-normal levels of shape (B,), where the generator is."""
+    device = generator.device
+    gauss = torch.randn(shape[0], generator=generator, device=device)
+    sigma = logit_normal(gauss, mean=mean, std=std)
+    noise = torch.randn(shape, generator=generator, device=device)
+    return noise, Level(alpha=1 - sigma, sigma=sigma)
+
+
 def velocity_loss(
     network: Network,
     clean: Tensor,
@@ -99,11 +110,7 @@ class FlowMatching:
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Level]:
         """Noise of ``shape`` (B, ...) and levels of shape (B,), on the generator's device."""
-        device = generator.device
-        gauss = torch.randn(shape[0], generator=generator, device=device)
-        sigma = logit_normal(gauss, mean=self.mean, std=self.std)
-        noise = torch.randn(shape, generator=generator, device=device)
-        return noise, Level(alpha=1 - sigma, sigma=sigma)
+        return draw_flow(shape, generator, mean=self.mean, std=self.std)
 
     def __call__(
         self, network: Network, clean: Tensor, noise: Tensor, level: Level, labels: Tensor

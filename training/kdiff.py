@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.prediction import Level
 from ..core.tensors import per_sample, widen
-from .flow import TIMESTEPS, Network, logit_normal
+from .flow import TIMESTEPS, Network, draw_flow
 
 Q_FLOOR = 0.05
 
@@ -163,10 +163,7 @@ class KDiffObjective:
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Level]:
         """Noise of ``shape`` (B, ...) and levels of shape (B,), on the generator's device."""
-        gauss = torch.randn(shape[0], generator=generator, device=generator.device)
-        sigma = logit_normal(gauss, mean=self.mean, std=self.std)
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        return noise, Level(1 - sigma, sigma)
+        return draw_flow(shape, generator, mean=self.mean, std=self.std)
 
     def __call__(
         self, network: Network, clean: Tensor, noise: Tensor, level: Level, labels: Tensor
