@@ -117,7 +117,7 @@ def generate_images(
     """
     _check_counts(steps=steps, batch_size=batch_size)
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
-    extra = _check_call(pipe, requests, guided=rule is not None, call=call or {})
+    extra = check_call(pipe, requests, guided=rule is not None, call=call or {})
     extra["num_inference_steps"] = steps
     folder, began = ImageFolder(out), time.time()
     missing: list[ImageRequest] = []
@@ -143,7 +143,7 @@ def generate_images(
 def _fill(
     folder: ImageFolder, pipe: Any, batch: Sequence[ImageRequest], extra: dict[str, Any]
 ) -> None:
-    images = _images(pipe, {**extra, **_inputs(batch, extra)}, len(batch))
+    images = _images(pipe, {**extra, **batch_inputs(batch, extra)}, len(batch))
     for request, image in zip(batch, images, strict=True):
         folder.add(request, image)
 
@@ -168,8 +168,8 @@ def _images(pipe: Any, arguments: dict[str, Any], count: int) -> Sequence[Any]:
     return images
 
 
-def _inputs(batch: Sequence[ImageRequest], extra: dict[str, Any]) -> dict[str, Any]:
-    """What differs from batch to batch: seeds, and classes or prompts."""
+def batch_inputs(batch: Sequence[ImageRequest], extra: dict[str, Any]) -> dict[str, Any]:
+    """What differs from batch to batch of a pipeline's calls: seeds, and classes or prompts."""
     inputs: dict[str, Any] = {"generator": seeded_generators([request.seed for request in batch])}
     if batch[0].prompt is None:
         return {**inputs, "class_labels": [request.label for request in batch]}
@@ -178,10 +178,14 @@ def _inputs(batch: Sequence[ImageRequest], extra: dict[str, Any]) -> dict[str, A
     return {**inputs, "prompt": [request.prompt for request in batch]}
 
 
-def _check_call(
+def check_call(
     pipe: Any, requests: Sequence[ImageRequest], *, guided: bool, call: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of every call, or an error where the pipeline does not take them."""
+    """The arguments that every call of the pipeline gets.
+
+    Raises:
+        ValueError: if the pipeline does not take them, or has no guidance to steer.
+    """
     name, taken = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     wanted = "prompt" if requests[0].prompt is not None else "class_labels"
     if wanted not in taken:

@@ -74,12 +74,40 @@ def build_rule(args: argparse.Namespace, **defaults: Any) -> Guidance | None:
             stray = _flag([*given, *others][0])
             raise ValueError(f"{stray} has no meaning without --guidance; choose a method")
         return None
-    if args.interval and args.flow_interval:
+    return make_rule(
+        args.guidance, given, base=args.base, interval=args.interval,
+        flow_interval=args.flow_interval, **defaults,
+    )  # fmt: skip
+
+
+def make_rule(
+    method: str,
+    options: dict[str, str],
+    *,
+    base: str | None = None,
+    interval: Sequence[float] | None = None,
+    flow_interval: Sequence[float] | None = None,
+    **defaults: Any,
+) -> Guidance:
+    """A guidance method from texts.
+
+    Args:
+        method: one of ``rule_choices``.
+        options: its arguments by name, as texts.
+        base: the method inside, ``METHOD[:NAME=VALUE,...]``.
+        interval: guide between these values of sigma / alpha only.
+        flow_interval: the same in flow sigmas.
+        **defaults: values that take the place of the method's own defaults, where it has them.
+
+    Raises:
+        ValueError: if an option does not belong to the method or its value is no good.
+    """
+    if interval and flow_interval:
         raise ValueError("--interval and --flow-interval say the same in two units; give one")
-    rule = _make(args.guidance, given, args.base, defaults)
-    if args.interval:
-        return GuidanceInterval(rule, *args.interval)
-    return GuidanceInterval.flow(rule, *args.flow_interval) if args.flow_interval else rule
+    rule = _make(method, options, base, defaults)
+    if interval:
+        return GuidanceInterval(rule, *interval)
+    return GuidanceInterval.flow(rule, *flow_interval) if flow_interval else rule
 
 
 def _make(method: str, given: dict[str, str], base: str | None, defaults: dict[str, Any]) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import _cli
 from accelerate import PartialState
 
 from diffsteer.pipelines import (
+    ImageRequest,
     generate_images,
     load_pipeline,
     load_weak,
@@ -32,6 +34,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--steps", type=int, default=20, help="solver steps (default: 20)")
+    add_image_options(parser)
+    _cli.add_rule_options(parser)
+    return parser
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add everything that says which images to make, by which model, and where."""
     add = parser.add_argument
     add("--model", default="embedded", help="embedded (default), a pipeline folder, or a hub id")
     add("--revision", help="branch, tag or commit of a hub id")
@@ -44,7 +54,6 @@ def parser() -> argparse.ArgumentParser:
     add("--negative-prompt", help="what the unconditional branch is given")
     add("--num", type=int, help="how many images (default: as many as seeds, or 16)")
     add("--seeds", help="numbers and ranges: 0-9,20, or 100- with --num (default: from 0)")
-    add("--steps", type=int, default=20, help="solver steps (default: 20)")
     add("--batch-size", type=int, default=16, help="images a call (default: 16)")
     add("--height", type=int, help="of the image, where the pipeline takes it")
     add("--width", type=int, help="of the image, where the pipeline takes it")
@@ -53,8 +62,53 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16, but float32 on the CPU")
     add("--device", help="cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one)")
     add("--traceback", action="store_true", help="show where an error comes from")
-    _cli.add_rule_options(parser)
-    return parser
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the image options come to: a pipeline, what to make of it, and how to call it."""
+
+    pipe: Any
+    requests: list[ImageRequest]
+    call: dict[str, Any]
+    weak: Any
+    state: PartialState
+    model: dict[str, Any]
+
+
+def read_options(args: argparse.Namespace) -> Callable[[], Setup]:
+    """Check what can be checked without the model; the function returned loads it.
+
+    Raises:
+        ValueError: if seeds, prompts or further call arguments are no good.
+    """
+    seeds, prompts, call = seeds_from(args), prompts_from(args), call_from(args)
+    return lambda: _load(args, seeds, prompts, call)
+
+
+def _load(
+    args: argparse.Namespace, seeds: list[int], prompts: list[str], call: dict[str, Any]
+) -> Setup:
+    # A rank may wait for the slowest one much longer than the ten minutes NCCL would grant it.
+    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))
+    device = args.device if args.device and state.num_processes == 1 else state.device
+    dtype = _cli.dtype_for(args.dtype, device)
+    pipe = load_pipeline(args.model, dtype=dtype, device=device, revision=args.revision)
+    if not prompts and not takes_classes(pipe):
+        raise ValueError(f"--model {args.model} makes images from text; give --prompt")
+    if prompts:
+        requests = plan_images(seeds, prompts=prompts)
+    else:
+        classes = None if args.classes == "all" else _labels(args.classes)
+        requests = plan_images(seeds, pipe=pipe, classes=classes)
+    weak = None if args.weak is None else load_weak(args.weak, pipe)
+    model = {
+        "model": args.model,
+        "weak": args.weak,
+        "revision": args.revision,
+        "model_digest": model_digest(args.model),
+    }
+    return Setup(pipe, requests, call, weak, state, model)
 
 
 def seeds_from(args: argparse.Namespace) -> list[int]:
@@ -94,35 +148,18 @@ def call_from(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    # Whatever can be checked without the model is checked before it is loaded.
-    seeds, prompts, call = seeds_from(args), prompts_from(args), call_from(args)
+    load = read_options(args)
     _cli.build_rule(args)
-    # A rank may wait for the slowest one much longer than the ten minutes NCCL would grant it.
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))
-    device = args.device if args.device and state.num_processes == 1 else state.device
-    dtype = _cli.dtype_for(args.dtype, device)
-    pipe = load_pipeline(args.model, dtype=dtype, device=device, revision=args.revision)
-    rule = _cli.build_rule(args, latent_std=getattr(pipe, "latent_std", 1.0))
-    if not prompts and not takes_classes(pipe):
-        raise ValueError(f"--model {args.model} makes images from text; give --prompt")
-    if prompts:
-        requests = plan_images(seeds, prompts=prompts)
-    else:
-        classes = None if args.classes == "all" else _labels(args.classes)
-        requests = plan_images(seeds, pipe=pipe, classes=classes)
-    weak = None if args.weak is None else load_weak(args.weak, pipe)
-    model = {
-        "model": args.model,
-        "weak": args.weak,
-        "revision": args.revision,
-        "model_digest": model_digest(args.model),
-    }
+    setup = load()
+    rule = _cli.build_rule(args, latent_std=getattr(setup.pipe, "latent_std", 1.0))
     generate_images(
-        pipe, requests, args.out, rule=rule, weak=weak, steps=args.steps,
-        batch_size=args.batch_size, config=model, call=call, overwrite=args.overwrite, state=state,
+        setup.pipe, setup.requests, args.out, rule=rule, weak=setup.weak, steps=args.steps,
+        batch_size=args.batch_size, config=setup.model, call=setup.call, overwrite=args.overwrite,
+        state=setup.state,
     )  # fmt: skip
-    if state.is_main_process:
-        print(f"{len(requests)} images in {args.out}, seen together in {args.out / 'grid.png'}")
+    if setup.state.is_main_process:
+        count, grid = len(setup.requests), args.out / "grid.png"
+        print(f"{count} images in {args.out}, seen together in {grid}")
 
 
 def _labels(text: str) -> list[int | str]:
