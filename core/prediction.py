@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .tensors import per_sample, widen
 
+Q_FLOOR = 0.05  # least q = alpha (1 - k) + k sigma that a k-Diff prediction is divided by
+
 
 @dataclass(frozen=True, eq=False)
 class Level:
@@ -102,7 +104,8 @@ class Kind:
         ``VELOCITY_TO_DATA``: ``clean - noise``, for code whose time runs from noise to data.
         ``INTERPOLANT``: ``alpha' * clean + sigma' * noise``, the velocity of any interpolant (SiT).
         ``Kind.edm(sigma_data)``: the raw output of an EDM-preconditioned network.
-        ``Kind.kdiff(k)``: ``k * clean - (1 - k) * noise``, the generalized target of k-Diff.
+        ``Kind.kdiff(k)``: ``k * clean - (1 - k) * noise``, the generalized target of k-Diff. Below
+            k = 0.05 it is read with the method's clamp where hardly any signal is left.
 
     A ``Kind`` is two plain values (``name``, ``parameter``), so it can be compared, stored and
     printed.
@@ -222,7 +225,21 @@ def denoised_affine(kind: Kind, level: Level, like: Tensor) -> tuple[Tensor, Ten
         return torch.zeros_like(alpha), torch.ones_like(sigma)
     a, b = kind.mix(level, like)
     det = alpha * b - sigma * a
+    if kind.name == "kdiff" and (kind.parameter or 0.0) < Q_FLOOR:
+        return _floored_kdiff(alpha, sigma, a, b, -det)
     return b / det, -sigma / det
+
+
+def _floored_kdiff(
+    alpha: Tensor, sigma: Tensor, k: Tensor, minus_rest: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The pair (A, B) of a k-Diff output at small k, whose q vanishes where all is noise.
+
+    As ``denoised = (x + sigma * v) / (alpha + sigma)``, with the velocity v towards the data over
+    ``max(q, Q_FLOOR)``: below the floor finite, above it the same numbers as without.
+    """
+    floored, total = q.clamp_min(Q_FLOOR), alpha + sigma
+    return (1 - sigma * (k + minus_rest) / floored) / total, sigma / floored
 
 
 def to_denoised(output: Tensor, kind: Kind, x: Tensor, level: Level) -> Tensor:

@@ -1,4 +1,4 @@
-"""A diffusers pipeline for class-conditional flow-matching models in pixel space."""
+"""A diffusers pipeline for class-conditional models in pixel space: flow matching and EDM."""
 
 # No `from __future__ import annotations`: diffusers reads the constructor's types at load time.
 import inspect
@@ -11,36 +11,43 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..core.prediction import Kind, Level, from_denoised, to_denoised
+from ..samplers.pfgmpp import limited
+from .call_checks import check_callback_inputs, check_numbers
 from .labels import check_names, count_classes, label_ids, match_counts
+from .targets import check_overrides, check_prediction, check_scheduler, kind_of, starting_noise
 
-PREDICTIONS = {"velocity": Kind.VELOCITY, "denoised": Kind.DENOISED}
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SMALLEST_SIGMA = 1e-6  # a velocity divides by sigma; every real schedule stays far above
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Images from class labels: a stock transformer or UNet and a stock flow-matching scheduler.
+    """Images from class labels: a stock transformer or UNet and a stock scheduler.
 
     No text encoder, no VAE: the flow ``x = (1 - sigma) * clean + sigma * noise`` runs on pixels in
     [-1, 1]. The network gets ``sigma * num_train_timesteps`` as its timestep, and ``num_classes``
     as the label that means "no class". The solver's state and the arithmetic of guidance are
-    float32 whatever the dtype of the network.
+    float32 whatever the dtype of the network. With ``prediction="edm"`` the process is EDM's,
+    ``x = clean + sigma * noise``, and the timestep ``num_train_timesteps * ln(sigma) / 4``.
 
     Args:
         transformer: a ``DiTTransformer2DModel``, or a ``UNet2DModel`` whose ``num_class_embeds`` is
             the number of classes plus 1.
-        scheduler: a ``FlowMatchEulerDiscreteScheduler``, or any other with flow sigmas.
-        prediction: what the network's output means: "velocity" (noise - clean) or "denoised"
-            (clean).
+        scheduler: a ``FlowMatchEulerDiscreteScheduler``, or any other with flow sigmas; for "edm"
+            an EDM or PFGM++ scheduler.
+        prediction: what the network's output means: "velocity" (noise - clean), "denoised" (clean),
+            "kdiff" (k * clean - (1 - k) * noise) or "edm" (the raw output that an EDM scheduler
+            preconditions).
         id2label: names of the classes, ``{0: "airplane", ...}``; keys may be strings, as in JSON.
+        k: of "kdiff", the one the network was trained at.
+        augment_dim: the D of PFGM++ the network was trained at; None is infinity, Gaussian noise.
+            At a finite D the noise a call starts from is Student-t; ``latents`` must be so too.
 
     Raises:
-        ValueError: if ``prediction`` is unknown, the network takes no class labels or gives other
-            channels than it gets, or a name in ``id2label`` occurs twice or belongs to no class.
+        ValueError: if ``prediction`` is unknown, ``k`` or ``augment_dim`` is out of range, the
+            network takes no class labels or gives other channels than it gets, or a name in
+            ``id2label`` occurs twice or belongs to no class.
     """
 
     latent_std = 0.5  # of photographs in [-1, 1], for rules that measure in units of the data
@@ -53,23 +60,35 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         prediction: str = "velocity",
         id2label: dict | None = None,
+        k: float | None = None,
+        augment_dim: float | None = None,
     ) -> None:
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise ValueError(
-                f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}"
-            )
+        check_prediction(prediction, k, augment_dim)
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.num_classes = count_classes(transformer)
         self.id2label = check_names(id2label, self.num_classes)
         names = {str(index): name for index, name in self.id2label.items()} or None
-        self.register_to_config(prediction=prediction, id2label=names)
+        self.register_to_config(prediction=prediction, id2label=names, k=k, augment_dim=augment_dim)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a saved pipeline, as in diffusers.
+
+        Raises:
+            ValueError: if ``prediction``, ``k`` or ``augment_dim`` is given and is not what the
+                network was trained with.
+        """
+        if {"prediction", "k", "augment_dim"} & kwargs.keys():
+            shared = {n: kwargs[n] for n in ("revision", "cache_dir", "token") if n in kwargs}
+            check_overrides(cls.load_config(pretrained_model_name_or_path, **shared), kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def prediction_kind(self) -> Kind:
         """What the network's raw output means."""
-        return PREDICTIONS[self.config.prediction]
+        return kind_of(self.config.prediction, self.config.k, self.scheduler)
 
     @property
     def label2id(self) -> dict[str, int]:
@@ -106,7 +125,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return label_ids(class_labels, self.num_classes, self.label2id)
 
     def velocity(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The velocity that the network's raw output implies: what the scheduler takes.
+        """The velocity that the network's raw output implies: what a flow scheduler takes.
 
         Args:
             output: raw output of the network, (B, C, H, W), float32.
@@ -116,10 +135,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Returns:
             Same shape as ``output``.
         """
-        if self.prediction_kind == Kind.VELOCITY:
+        kind = self.prediction_kind
+        if kind == Kind.VELOCITY:
             return output
         level = Level.flow(sigma.clamp(min=SMALLEST_SIGMA))
-        denoised = to_denoised(output, self.prediction_kind, x, level)
+        denoised = to_denoised(output, kind, x, level)
         return from_denoised(denoised, Kind.VELOCITY, x, level)
 
     @torch.no_grad()
@@ -150,7 +170,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             generator: one generator, or one for each image.
             seeds: one for each image, instead of ``generator``: a seed names an image, in any
                 batch.
-            latents: the noise to start from, (B, C, H, W), instead of ``seeds``.
+            latents: unit noise to start from, (B, C, H, W), instead of ``seeds``; Student-t noise
+                where ``augment_dim`` is finite (``core.student.student_noise``).
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), pixels in [0, 1]; "latent",
                 the solver's result, nominally in [-1, 1] and not clipped. All float32.
             return_dict: False gives the tuple ``(images,)``.
@@ -160,12 +181,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: if a label is out of range, a name unknown, the number of steps below 1, the
-                scale not finite, the counts of labels, seeds and generators differ, or ``latents``
-                has another shape.
+                scale not finite, the counts of labels, seeds and generators differ, ``latents``
+                has another shape, or the scheduler is of another process, k or D than the network.
             TypeError: if labels, seeds or generators are of the wrong type.
         """
-        _check_numbers(guidance_scale, num_inference_steps, output_type)
-        _check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_numbers(guidance_scale, num_inference_steps, output_type)
+        check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         labels = self.label_ids(class_labels)
         labels, generator = match_counts(labels, generator, seeds, latents)
         self._guidance_scale, self._interrupt = float(guidance_scale), False
@@ -175,14 +196,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if self.do_classifier_free_guidance:
             classes = torch.cat([torch.full_like(classes, self.num_classes), classes])
         levels = self._set_timesteps(num_inference_steps, sigmas, device)
+        if self.config.prediction == "edm":
+            x = x * self.scheduler.init_noise_sigma
         stochastic = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if stochastic else {}
         with _evaluating(self.transformer), self.progress_bar(total=self._num_timesteps) as bar:
             for index, t in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     break
-                velocity = self._predict(x, levels[index], classes)
-                x = self.scheduler.step(velocity, t, x, **extra, return_dict=False)[0]
+                output = self._predict(x, t, levels[index], classes)
+                x = self.scheduler.step(output, t, x, **extra, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     x = callback_on_step_end(self, index, t, {"latents": x}).pop("latents", x)
                 bar.update()
@@ -191,20 +214,28 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, x: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
-        guided = self.do_classifier_free_guidance
-        x = torch.cat([x, x]) if guided else x
+    def _predict(self, x: Tensor, t: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
+        guided, edm = self.do_classifier_free_guidance, self.config.prediction == "edm"
+        ready = self.scheduler.scale_model_input(x, t) if edm else limited(x, self._dim)
         output = self.transformer(
-            x.to(self.transformer.dtype),
-            timestep=(sigma * self.scheduler.config.num_train_timesteps).expand(len(x)),
+            (torch.cat([ready, ready]) if guided else ready).to(self.transformer.dtype),
+            timestep=self._network_time(t if edm else sigma).expand(len(classes)),
             class_labels=classes,
             return_dict=False,
-        )[0]
-        velocity = self.velocity(output.float(), x, sigma)
+        )[0].float()
+        if not edm:
+            output = self.velocity(output, torch.cat([x, x]) if guided else x, sigma)
         if not guided:
-            return velocity
-        uncond, cond = velocity.chunk(2)
+            return output
+        uncond, cond = output.chunk(2)
         return uncond + self._guidance_scale * (cond - uncond)
+
+    def _network_time(self, time: Tensor) -> Tensor:
+        return time * self.scheduler.config.num_train_timesteps
+
+    @property
+    def _dim(self) -> float:
+        return math.inf if self.config.augment_dim is None else self.config.augment_dim
 
     def _noise(
         self, count: int, generator: Any, latents: Tensor | None, device: torch.device
@@ -213,7 +244,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         sides = (size, size) if isinstance(size, int) else tuple(size)
         shape = (count, self.transformer.config.in_channels, *sides)
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            return starting_noise(shape, generator, self.config.augment_dim, device)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents: expected shape {shape}, got {tuple(latents.shape)}")
         return latents.to(device=device, dtype=torch.float32)
@@ -222,10 +253,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self, steps: int, sigmas: Sequence[float] | None, device: torch.device
     ) -> Tensor:
         """Prepare the scheduler; the noise level of each of its timesteps, on ``device``."""
-        scheduler = self.scheduler
-        flow_match = _check_scheduler(scheduler)
+        scheduler, config = self.scheduler, self.config
+        flow_match = check_scheduler(scheduler, config.prediction, config.k, config.augment_dim)
         takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
-        if sigmas is not None and not takes_sigmas:
+        if sigmas is not None and (not takes_sigmas or config.prediction == "edm"):
             raise ValueError(f"sigmas: {type(scheduler).__name__} takes no sigmas of its own")
         if sigmas is None and takes_sigmas and flow_match:
             # The scheduler's own default ends on a step from sigma = 0.001: a network call for
@@ -248,42 +279,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return images
         array = images.permute(0, 2, 3, 1).cpu().numpy()
         return array if output_type == "np" else self.numpy_to_pil(array)
-
-
-def _check_numbers(guidance_scale: float, steps: int, output_type: str) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(
-            f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}"
-        )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"num_inference_steps must be an integer of at least 1, got {steps!r}")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
-
-
-def _check_callback_inputs(wanted: Sequence[str], known: Sequence[str]) -> None:
-    unknown = sorted(set(wanted) - set(known))
-    if unknown:
-        raise ValueError(
-            f"callback_on_step_end_tensor_inputs: only {list(known)} can be given, got {unknown}"
-        )
-
-
-def _check_scheduler(scheduler: Any) -> bool:
-    """Refuse schedulers that are not of flow matching; True for diffusers' FlowMatch family."""
-    name = type(scheduler).__name__
-    flow_match = "FlowMatch" in name
-    if not flow_match and not scheduler.config.get("use_flow_sigmas", False):
-        raise ValueError(
-            f"scheduler: {name} has no flow sigmas; use FlowMatchEulerDiscreteScheduler, or one "
-            "built with use_flow_sigmas=True and prediction_type='flow_prediction'"
-        )
-    if scheduler.config.get("use_dynamic_shifting", False):
-        raise ValueError(
-            "scheduler: use_dynamic_shifting follows an image size that is fixed here; build it "
-            "with use_dynamic_shifting=False and a fixed shift"
-        )
-    return flow_match
 
 
 @contextmanager

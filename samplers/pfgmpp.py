@@ -174,6 +174,28 @@ def input_scale(x: Tensor, sigma: Tensor, sigma_data: float, augment_dim: float)
     """
     if check_augment_dim(augment_dim) > 2:
         return per_sample((sigma**2 + sigma_data**2).rsqrt(), x)
+    return per_sample(_mean_square(x).clamp_min(1e-3 * sigma_data**2).rsqrt(), x)
+
+
+def limited(x: Tensor, augment_dim: float, *, limit: float = 2.0) -> Tensor:
+    """The input of a *flow* network: ``x`` itself, but kept from exploding where D <= 2.
+
+    There a sample whose root mean square exceeds ``limit`` is scaled down to it (reconstruction: a
+    flow network has no c_in, and Student-t noise of two dimensions or less has no variance).
+
+    Args:
+        x: noisy samples, (B, ...).
+        augment_dim: D > 0.
+        limit: largest root mean square; noise alone has 1.
+
+    Returns:
+        Shape of ``x``.
+    """
+    if check_augment_dim(augment_dim) > 2:
+        return x
+    return x * per_sample((limit * _mean_square(x).rsqrt()).clamp_max(1), x)
+
+
+def _mean_square(x: Tensor) -> Tensor:
     flat = x.flatten(1)
-    size = (sample_dot(flat, flat) / flat.shape[1]).clamp_min(1e-3 * sigma_data**2)
-    return per_sample(size.rsqrt(), x)
+    return sample_dot(flat, flat) / flat.shape[1]

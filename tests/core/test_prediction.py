@@ -22,7 +22,7 @@ KINDS = [
     Kind.INTERPOLANT,
     Kind.edm(0.5),
     Kind.edm(1.7),
-    Kind.kdiff(0.0),
+    Kind.kdiff(0.05),  # below it: see the test of the clamp
     Kind.kdiff(0.3),
     Kind.kdiff(1.0),
 ]
@@ -64,6 +64,18 @@ def test_an_exact_output_gives_back_the_clean_sample(kind: Kind, schedule: str) 
     output = a * clean + b * noise
     torch.testing.assert_close(to_denoised(output, kind, x, level), clean)
     torch.testing.assert_close(from_denoised(clean, kind, x, level), output)
+
+
+def test_a_k_diff_output_is_clamped_where_it_says_nothing_and_exact_elsewhere() -> None:
+    clean, noise = clean_and_noise(4)
+    kind, level = Kind.kdiff(0.0), Level.flow(torch.tensor([0.1, 0.9, 0.98, 1.0]).double())
+    x, wrong = level.mix(clean, noise), 0.01 * torch.randn_like(clean)
+    found = to_denoised(-noise, kind, x, level)
+    torch.testing.assert_close(found[:2], clean[:2])  # q = 0.9 and 0.1
+    off = to_denoised(wrong - noise, kind, x, level) - found
+    torch.testing.assert_close(off[2:], torch.tensor([0.98, 1.0]).double().view(2, 1, 1, 1)
+                               * wrong[2:] / 0.05)  # fmt: skip
+    assert found.isfinite().all()
 
 
 @EVERY_KIND
