@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.step import Step
-from ..core.tensors import per_sample, sample_dot, sample_norm, widen
+from ..core.tensors import per_sample, sample_norm, widen
 from .checks import check_choice, check_number, check_pair
 from .schedule import Scale, check_scale, scale_at
 
@@ -59,32 +59,53 @@ def adaptive_projected(
         (unclipped, float32 or wider) to be given as ``previous`` to the next call.
 
     Where we differ: float32 sums in blocks instead of float64, in delta form, so that one pass over
-    the data follows the products. With ``form="paper"``, ``eta=1``, no radius and no momentum this
-    is classifier-free guidance up to rounding.
+    the data follows the products. Each prediction is read once, and the float32 copy of ``cond``
+    three times: difference, both products at once, result. With ``form="paper"``, ``eta=1``, no
+    radius and no momentum this is classifier-free guidance up to rounding.
     """
     check_pair(cond, uncond)
-    axis, start = widen(cond).flatten(1), widen(uncond).flatten(1)  # (B, d) from here on
+    start = widen(uncond).flatten(1)  # (B, d) from here on
+    rows = _axis_and_difference(cond, start)
+    axis, difference = rows[0], rows[1]
     weight = None if weight is None else weight.expand(cond.shape).flatten(1)
-    difference = axis - start
     if previous is not None and momentum != 0:
         difference.add_(previous.flatten(1), alpha=momentum)
-    amount = scale - 1 if form == "paper" else scale
-    if isinstance(amount, Tensor):
-        push = per_sample(amount.to(axis), axis)
-    else:
-        push = axis.new_full((1, 1), amount)  # filled on the device: a copied scalar would sync
-    if radius < math.inf:
-        norm = sample_norm(difference, weight).clamp_min(_TINY)
-        push = push * norm.reciprocal().mul(radius).clamp_max(1)[:, None]
+    push = _push(scale - 1 if form == "paper" else scale, radius, difference, weight)
     guided = axis if form == "paper" else start
-    if eta == 1:
-        guided = torch.addcmul(guided, difference, push)
+    if eta != 1:
+        products = rows * axis if weight is None else rows * (axis * weight)
+        square, along = products.sum(-1, keepdim=True).unbind()
+        guided = torch.addcmul(guided, axis, push * (eta - 1) * (along / square.clamp_min(_TINY)))
+        guided.addcmul_(difference, push)
     else:
-        square = sample_norm(axis, weight).square().clamp_min(_TINY)
-        along = sample_dot(difference, axis, weight) / square
-        pull = push * ((eta - 1) * along[:, None])
-        guided = torch.addcmul(guided, axis, pull).addcmul_(difference, push)
+        guided = torch.addcmul(guided, difference, push)
     return guided.to(cond.dtype).view(cond.shape), difference.view(cond.shape)
+
+
+def _axis_and_difference(cond: Tensor, start: Tensor) -> Tensor:
+    """``cond`` and ``cond - start`` as two rows, (2, B, d): one pass then gives both products."""
+    if torch.is_grad_enabled():  # autograd cannot write into a given place
+        axis = widen(cond).flatten(1)
+        return torch.stack([axis, axis - start])
+    rows = start.new_empty(2, *start.shape)
+    rows[0].copy_(cond.flatten(1))
+    torch.sub(rows[0], start, out=rows[1])
+    return rows
+
+
+def _push(
+    amount: float | Tensor, radius: float, difference: Tensor, weight: Tensor | None
+) -> Tensor:
+    """``amount``, lowered where the difference is longer than the radius; (1, 1) or (B, 1)."""
+    if isinstance(amount, Tensor):
+        amount = per_sample(amount.to(difference), difference)
+    if radius < math.inf:
+        radius = max(radius, _TINY)
+        norm = sample_norm(difference, weight)[:, None]
+        return norm.clamp_min(radius).reciprocal() * (amount * radius)
+    if isinstance(amount, Tensor):
+        return amount
+    return difference.new_full((1, 1), amount)  # filled on the device: a copied scalar would sync
 
 
 @dataclass(frozen=True)

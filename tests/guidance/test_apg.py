@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsteer.core import (
     GaussianMixture,
@@ -287,6 +288,33 @@ def test_inputs_are_left_as_they_were() -> None:
     adaptive_projected(cond, uncond, 4.0, momentum=-0.5, previous=memory)
     then, now = [*given, kept], [cond, uncond, previous, memory]
     assert all(torch.equal(a, b) for a, b in zip(then, now, strict=True))
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that read a tensor which begins with ``values``, in any dtype."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values, self.count = values.flatten().float(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            given = [a for a in args if isinstance(a, Tensor) and a is not out]
+            self.count += any(map(self._carries, given))
+        return out
+
+    def _carries(self, tensor: Tensor) -> bool:
+        return torch.equal(tensor.flatten()[: len(self.values)].float(), self.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_read_of_each_prediction_and_three_of_its_copy(dtype: torch.dtype) -> None:
+    (cond, uncond), previous = pair(dtype=dtype), torch.randn(3, 2, 5, 4)
+    for prediction, copied in ((cond, 3), (uncond, int(dtype != torch.float32))):
+        with torch.no_grad(), Reads(prediction) as reads:
+            adaptive_projected(cond, uncond, 5.0, radius=1.0, momentum=-0.5, previous=previous)
+        assert reads.count == 1 + copied
 
 
 def test_predictions_of_different_shapes_are_refused() -> None:
