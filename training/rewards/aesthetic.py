@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hub import ScoreHead, in_batches, read_state
+from ...eval.decode import as_uint8
+from .hub import ScoreHead, read_state
 from .protocol import Metadata
 from .text_image import TextImageScore
 
@@ -23,7 +24,6 @@ class AestheticScore:
         clip: folder or hub id of CLIP ViT-L/14.
         head: file, folder or hub id of the head's weights, a state dict of ``layers.N.weight``.
         filename: of the weights in a folder or hub id.
-        batch_size: images a pass.
         device: where to put the models.
         options: further ones of ``TextImageScore``.
 
@@ -39,12 +39,10 @@ class AestheticScore:
         head: str | Path = "trl-lib/ddpo-aesthetic-predictor",
         *,
         filename: str = "aesthetic-model.pth",
-        batch_size: int = 32,
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> None:
-        self.batch_size = batch_size
-        self.clip = TextImageScore(clip, device=device, **options)
+        self.clip = TextImageScore(clip, device=device, **options).scorer
         self.head = ScoreHead(int(self.clip.model.config.projection_dim))
         try:
             self.head.load_state_dict(read_state(head, filename))
@@ -56,5 +54,5 @@ class AestheticScore:
         self, images: Tensor, prompts: Sequence[str] = (), metadata: Sequence[Metadata] = ()
     ) -> Tensor:
         """Scores (B,)."""
-        rows = in_batches(len(images), self.batch_size)
-        return torch.cat([self.head(self.clip.image_features(images[row])) for row in rows])
+        features = self.clip.embed_images(as_uint8(images))
+        return self.head(features.to(self.clip.device))

@@ -1,4 +1,4 @@
-"""What the rewards from published models share: late imports, loading, image preparation."""
+"""What the rewards from published models share: late imports, loading, a head."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "ScoreHead", "fetch", "in_batches", "prepare", "transformers"]
+__all__ = ["ScoreHead", "fetch", "read_state", "transformers"]
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NEEDED = "pip install 'diffsteer[text]'"
 
 
@@ -42,45 +40,6 @@ def fetch(what: str, load: Any, *arguments: Any, **options: Any) -> Any:
             f"cannot load {what} ({type(error).__name__}: {reason}); give a folder that holds it, "
             "or check the network and the name"
         ) from error
-
-
-def prepare(
-    images: Tensor,
-    size: int,
-    *,
-    mean: tuple[float, ...] = CLIP_MEAN,
-    std: tuple[float, ...] = CLIP_STD,
-) -> Tensor:
-    """Images as a vision tower takes them: resized (bicubic), cropped at the centre, normalised.
-
-    On the device of the images, and differentiable; the published preparations do the same in PIL,
-    which rounds to 8 bits in between.
-
-    Args:
-        images: (B, 3, H, W), floats in [0, 1].
-        size: of the square result.
-        mean: of each channel.
-        std: of each channel.
-
-    Returns:
-        (B, 3, size, size), float32.
-    """
-    height, width = images.shape[2:]
-    scale = size / min(height, width)
-    sides = (max(size, round(height * scale)), max(size, round(width * scale)))
-    images = images.float()
-    if sides != (height, width):
-        images = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (sides[0] - size) // 2, (sides[1] - size) // 2
-    images = images[:, :, top : top + size, left : left + size]
-    center = torch.tensor(mean, device=images.device)[:, None, None]
-    spread = torch.tensor(std, device=images.device)[:, None, None]
-    return (images - center) / spread
-
-
-def in_batches(count: int, size: int) -> list[slice]:
-    """Slices that cut ``count`` images into batches of at most ``size``."""
-    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 class ScoreHead(nn.Module):

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hub import ScoreHead, fetch, in_batches, prepare, read_state, transformers
+from ...eval.decode import as_uint8
+from ...eval.scorers import clip_pixels
+from .hub import ScoreHead, fetch, read_state, transformers
 from .protocol import Metadata
 
 __all__ = ["ImageReward", "blip_names"]
@@ -75,13 +77,17 @@ class ImageReward:
     ) -> Tensor:
         """Scores (B,)."""
         parts = []
-        for row in in_batches(len(images), self.batch_size):
+        pictures = as_uint8(images)
+        for start in range(0, len(images), self.batch_size):
+            row = slice(start, start + self.batch_size)
             words = self.tokenizer(
                 list(prompts[row]), padding="max_length", truncation=True, max_length=MOST_TOKENS,
                 return_tensors="pt",
             ).to(self.device)  # fmt: skip
-            pixels = prepare(images[row].to(self.device), self.size)
-            parts.append(self.network(pixels, words["input_ids"], words["attention_mask"]))
+            pixels = torch.stack([clip_pixels(one, self.size) for one in pictures[row]])
+            parts.append(
+                self.network(pixels.to(self.device), words["input_ids"], words["attention_mask"])
+            )
         return (torch.cat(parts) - MEAN) / STD
 
 

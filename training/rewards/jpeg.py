@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...eval.decode import as_uint8
 from .protocol import Metadata
 
 __all__ = ["JpegSize", "jpeg_bytes"]
@@ -19,12 +20,14 @@ def jpeg_bytes(images: Tensor, *, quality: int = 95) -> list[int]:
     """The size in bytes of each image as a JPEG file.
 
     Args:
-        images: (B, 3, H, W), in [0, 1]; values outside are clipped.
+        images: (B, 3, H, W), in [0, 1].
         quality: of the encoder, 1 to 95.
+
+    Raises:
+        ValueError: values lie far outside [0, 1], or are NaN.
     """
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     sizes = []
-    for array in pixels.permute(0, 2, 3, 1).cpu().numpy():
+    for array in as_uint8(images.detach()).permute(0, 2, 3, 1).cpu().numpy():
         buffer = io.BytesIO()
         Image.fromarray(array).save(buffer, "JPEG", quality=quality)
         sizes.append(buffer.tell())
