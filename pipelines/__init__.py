@@ -24,6 +24,12 @@ from .loading import load_weak as load_weak
 from .loading import model_digest as model_digest
 from .steer import Steering as Steering
 from .steer import steer as steer
+from .sweep import PointResult as PointResult
+from .sweep import run_sweep as run_sweep
+from .sweep_budget import at_budget as at_budget
+from .sweep_cost import PointCost as PointCost
+from .sweep_cost import point_cost as point_cost
+from .sweep_point import SweepPoint as SweepPoint
 from .trajectory import StepRecord as StepRecord
 
 __all__ = [
@@ -34,10 +40,14 @@ __all__ = [
     "FolderError",
     "ImageFolder",
     "ImageRequest",
+    "PointCost",
+    "PointResult",
     "Reading",
     "RuleGuider",
     "Steering",
     "StepRecord",
+    "SweepPoint",
+    "at_budget",
     "attach",
     "class_table",
     "generate_images",
@@ -50,6 +60,8 @@ __all__ = [
     "model_digest",
     "noise_level",
     "plan_images",
+    "point_cost",
+    "run_sweep",
     "steer",
     "takes_classes",
 ]

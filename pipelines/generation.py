@@ -122,7 +122,7 @@ def generate_images(
     folder, began = ImageFolder(out), time.time()
     missing: list[ImageRequest] = []
     if rank == 0:
-        settings = {**(config or {}), **_settings(pipe, rule, steps, call or {})}
+        settings = {**(config or {}), **run_settings(pipe, rule, steps, call or {})}
         names = getattr(pipe, "id2label", None)
         missing = folder.prepare(requests, settings, id2label=names, overwrite=overwrite)
     _wait(state)
@@ -215,7 +215,8 @@ def _check_counts(**counts: Any) -> None:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-def _settings(pipe: Any, rule: Any, steps: int, call: dict[str, Any]) -> dict[str, Any]:
+def run_settings(pipe: Any, rule: Any, steps: int, call: dict[str, Any]) -> dict[str, Any]:
+    """What decides how images look, besides the model: the ``config`` of ``run.json``."""
     scheduler = getattr(pipe, "scheduler", None)
     config = {} if scheduler is None else dict(scheduler.config)
     return {

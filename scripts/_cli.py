@@ -227,6 +227,11 @@ def _buildable(rule: type) -> bool:
     return rule is not GuidanceInterval and bool(readers) and known.issuperset(_required(rule))
 
 
+def options_of(rule: type) -> list[str]:
+    """The arguments of a method that can be written on a command line."""
+    return list(_readers(rule))
+
+
 def _readers(rule: type) -> dict[str, Reader]:
     """How to read each argument that can be written on a command line."""
     hints = typing.get_type_hints(rule)
