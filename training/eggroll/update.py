@@ -1,0 +1,166 @@
+"""The step: a gradient for each layer, and the float32 offsets that any torch optimizer moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Layer
+from .noise import NoiseFormat, bias_noise, pair_factors
+from .shaping import Shaped
+
+__all__ = ["Offsets", "es_gradient", "weights_hash"]
+
+CHUNK = 256  # rows of stacked factors in one product; part of what makes results reproducible
+
+
+def es_gradient(
+    noise: NoiseFormat, layer: Layer, step: int, sigma: float, shaped: Shaped
+) -> dict[str, Tensor]:
+    """What evolution strategies know of the gradient of the fitness with respect to a layer.
+
+    ``sigma / sqrt(count) * sum_i values_i E_i``: with uninformative weights of deviation 1 each
+    entry has deviation sigma, so that the rate of plain SGD is a step size in units of sigma (the
+    convention of the authors' code; its paper's equation 6 has ``1 / N`` instead). The sum is a
+    product of stacked factors, in chunks of fixed size and order: the same bits on every rank of
+    one kind of machine.
+
+    Args:
+        noise: as in the forward pass.
+        layer: whose gradient.
+        step: as in the forward pass.
+        sigma: as in the forward pass.
+        shaped: from ``shape_fitness``, one value a member.
+
+    Returns:
+        Gradients by name of the parameter, each in its shape, float32 (float64 where it is).
+    """
+    weight = layer.module.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+    scale = sigma / max(1, shaped.count) ** 0.5
+    weights = (pair_weights(shaped.values, noise) * scale).to(**where)
+    total = torch.zeros(layer.rows, layer.columns, **where)
+    bias = torch.zeros(layer.rows, **where) if layer.bias else None
+    for pairs in chunks(len(weights), noise.rank):
+        part = weights[pairs.start : pairs.stop] / noise.rank**0.5
+        a, b = pair_factors(noise, layer, pairs, step, **where)
+        total.addmm_((a * part[:, None, None]).flatten(0, 1).T, b.flatten(0, 1))
+        if bias is not None:
+            rows = bias_noise(noise, layer, pairs, step, **where)
+            bias.addmv_(rows.T, weights[pairs.start : pairs.stop])
+    found = {f"{layer.name}.weight": total.view(weight.shape)}
+    if bias is not None:
+        found[f"{layer.name}.bias"] = bias
+    return found
+
+
+def pair_weights(values: Tensor, noise: NoiseFormat) -> Tensor:
+    """The weight of each pair's noise: the difference of its members' values."""
+    return values[0::2] - values[1::2] if noise.antithetic else values
+
+
+def chunks(pairs: int, rank: int) -> Iterator[range]:
+    """Ranges of pairs, CHUNK stacked factors at most each."""
+    size = max(1, CHUNK // rank)
+    for start in range(0, pairs, size):
+        yield range(start, min(start + size, pairs))
+
+
+class Offsets:
+    """What evolution has added to each weight: ``weight = base + offset``, in float32.
+
+    The offsets are what optimizers move, so their weight decay pulls towards the pretrained
+    weights. A half-precision model would lose small steps; its float32 offsets keep them.
+
+    Args:
+        layers: what evolves; the weights as they are now are the base.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self._weights = dict(p for layer in layers.values() for p in layer.parameters())
+        self._base = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self.parameters = {
+            name: nn.Parameter(torch.zeros_like(base, dtype=_wide(base)))
+            for name, base in self._base.items()
+        }
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Put ``base + offset`` into the model, in its dtype."""
+        for name, weight in self._weights.items():
+            weight.copy_(self._base[name].to(self.parameters[name].dtype) + self.parameters[name])
+
+    def base_hash(self) -> int:
+        """The hash of the weights that the offsets belong to."""
+        return weights_hash(self._base.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The offsets by name of the parameter."""
+        return {name: offset.detach().clone() for name, offset in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the offsets and write the weights.
+
+        Raises:
+            ValueError: a name or a shape does not fit; nothing has been changed then.
+        """
+        have = {name: tuple(offset.shape) for name, offset in self.parameters.items()}
+        given = {name: tuple(offset.shape) for name, offset in state.items()}
+        if have != given:
+            odd = next(n for n in {**given, **have} if have.get(n) != given.get(n))
+            raise ValueError(
+                f"the saved offsets are not those of this model: {odd} is {given.get(odd)} there "
+                f"and {have.get(odd)} here (None: not among the layers that evolve)"
+            )
+        for name, offset in self.parameters.items():
+            offset.copy_(state[name])
+        self.write_back()
+
+    @torch.no_grad()
+    def decay(self, amount: float) -> None:
+        """Shrink every offset by ``amount`` of itself."""
+        for offset in self.parameters.values():
+            offset.mul_(1 - amount)
+
+    @torch.no_grad()
+    def limit(self, norm: float) -> None:
+        """Shrink all offsets together so that their norm is at most ``norm``."""
+        now = total_norm(self.parameters.values())
+        if now > norm:
+            for offset in self.parameters.values():
+                offset.mul_(norm / now)
+
+
+@torch.no_grad()
+def total_norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all entries together."""
+    squares = [tensor.detach().float().square().sum() for tensor in tensors]
+    return float(torch.stack(squares).double().sum().sqrt()) if squares else 0.0
+
+
+def weights_hash(tensors: Iterable[Tensor]) -> int:
+    """64 bits that tell whether tensors are bit for bit the same on two machines.
+
+    A sum of integers that wraps around: it does not depend on the device or the order of addition,
+    but on every bit and its place.
+    """
+    total = 0
+    for number, tensor in enumerate(tensors, 1):
+        flat = tensor.detach().contiguous().flatten()
+        size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+        bits = flat.view(size).long()
+        places = torch.arange(1, len(bits) + 1, device=bits.device)
+        # Odd multipliers that differ by place: a swap of two entries changes the sum.
+        mixed = (bits + 0x632BE5AB) * (places * 0x1E3779B97F4A7C15 | 1)
+        mixed = mixed ^ (mixed >> 29)
+        total = (total * 0x100000001B3 + int(mixed.sum()) * (2 * number + 1)) % 2**64
+    return total
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
