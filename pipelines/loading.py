@@ -58,13 +58,15 @@ def load_weak(model: str | Path, pipe: Any) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if a file of it is damaged or it is another kind of model.
+        ValueError: if a file of it is damaged, it is another kind of model, or it predicts
+            something else than the denoiser of ``pipe`` (another k of k-Diff, another D of PFGM++).
     """
     name = "unet" if getattr(pipe, "transformer", None) is None else "transformer"
     strong = getattr(pipe, name)
     if str(model) == "embedded":
         return embedded.load_embedded_weak(dtype=strong.dtype, device=strong.device)
     folder = Path(model).expanduser()
+    _check_target(folder, pipe)
     folder = folder / name if (folder / "model_index.json").is_file() else folder
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -76,6 +78,23 @@ def load_weak(model: str | Path, pipe: Any) -> Any:
     except Exception as error:
         raise ValueError(_explain(folder, error)) from error
     return weak.to(strong.device)
+
+
+def _check_target(folder: Path, pipe: Any) -> None:
+    """Refuse a weak model whose output means something else."""
+    notes = (folder / "model_index.json", folder / "target.json")
+    note = next((path for path in notes if path.is_file()), None)
+    if note is None or not isinstance(pipe, ClassConditionalPipeline):
+        return
+    saved = json.loads(note.read_text())
+    for key, default in (("prediction", "velocity"), ("k", None), ("augment_dim", None)):
+        weak, strong = saved.get(key, default), pipe.config[key]
+        if weak != strong:
+            raise ValueError(
+                f"weak: the model in {folder} was trained with {key}={weak}, the one that it would "
+                f"guide with {key}={strong}; autoguidance compares outputs of one meaning (with "
+                "k-Diff: train at a fixed k)"
+            )
 
 
 def model_digest(model: str | Path) -> str | None:

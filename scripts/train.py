@@ -1,6 +1,8 @@
-"""Train a class-conditional flow model on labelled images and save it as a pipeline folder.
+"""Train a class-conditional model on labelled images and save it as a pipeline folder.
 
 python scripts/train.py --out runs/cifar10                          (the embedded model)
+python scripts/train.py --objective kdiff --k learned --out runs/kdiff
+python scripts/train.py --objective pfgmpp --augment-dim 128 --out runs/pfgmpp
 accelerate launch scripts/train.py --data my/folder --resolution 64 --out runs/mine
 
 The same command goes on where a stopped run was. OUT/model is the pipeline, OUT/weak the early
@@ -15,10 +17,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import _cli
-from diffusers import FlowMatchEulerDiscreteScheduler
 
-from diffsteer.pipelines import ClassConditionalPipeline
-from diffsteer.training import TrainConfig, Trainer, averaged_model, load_images
+from diffsteer.training import TrainConfig, Trainer, averaged_pipeline, load_images
 from diffsteer.training.network import with_dtype
 from diffsteer.training.run_folder import read_run
 
@@ -48,14 +48,8 @@ def parser() -> argparse.ArgumentParser:
 
 def save_pipeline(out: Path) -> None:
     """Write OUT/model from the newest checkpoint."""
-    config, names = read_run(out)
-    model = with_dtype(averaged_model(out), config.save_dtype)
-    pipe = ClassConditionalPipeline(
-        model,
-        FlowMatchEulerDiscreteScheduler(),
-        prediction=config.prediction,
-        id2label=dict(enumerate(names)),
-    )
+    pipe = averaged_pipeline(out)
+    with_dtype(pipe.transformer, read_run(out)[0].save_dtype)
     pipe.save_pretrained(out / "model")
 
 

@@ -6,15 +6,18 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ..core.student import check_augment_dim
+
 __all__ = ["TrainConfig"]
 
 POSITIVE_INTEGERS = (
     *("resolution", "patch_size", "layers", "heads", "head_dim"),
-    *("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"),
+    *("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "eval_images"),
 )
-COUNTS = ("warmup", "weak_at", "preview_every")
+COUNTS = ("warmup", "weak_at", "preview_every", "eval_every", "k_freeze")
 SHARES = ("label_dropout", "ema", "beta2")
-POSITIVE = ("learning_rate", "clip", "sigma_std")
+POSITIVE = ("learning_rate", "clip", "sigma_std", "log_sigma_std", "sigma_data", "k_rate")
+K_WORDS = ("learned", "auto")
 
 
 def _field(default: Any, text: str, *, free: bool = False, choices: tuple[str, ...] = ()) -> Any:
@@ -37,12 +40,23 @@ class TrainConfig:
     resolution: int = _field(32, "side of the square images")
     flip: bool = _field(True, "mirror half of the images")
 
-    objective: str = _field("flow", "what is learnt", choices=("flow",))
+    objective: str = _field("flow", "what is learnt", choices=("flow", "kdiff", "pfgmpp"))
     prediction: str = _field(
-        "denoised", "what the network predicts", choices=("denoised", "velocity")
+        "denoised", "what a flow network predicts", choices=("denoised", "velocity")
     )
-    sigma_mean: float = _field(0.4, "mean of the logit of the noise level")
-    sigma_std: float = _field(0.8, "standard deviation of the logit of the noise level")
+    k: str = _field("learned", "k of kdiff: learned, auto (from the data), or a number in [0, 1]")
+    k_start: float = _field(0.5, "where a learned k starts")
+    k_rate: float = _field(0.01, "learning rate of a learned k")
+    k_freeze: int = _field(
+        0, "updates at the end with a learned k fixed; 0: ten half-lives of ema, or half the run"
+    )
+    augment_dim: str = _field("inf", "D of PFGM++: a number, or inf for Gaussian noise")
+    stable_targets: bool = _field(False, "learn the mean over the batch (STF), not single images")
+    sigma_mean: float = _field(0.4, "mean of the logit of the noise level (flow, kdiff)")
+    sigma_std: float = _field(0.8, "standard deviation of it")
+    log_sigma_mean: float = _field(-1.2, "mean of the logarithm of the noise level (pfgmpp)")
+    log_sigma_std: float = _field(1.2, "standard deviation of it")
+    sigma_data: float = _field(0.5, "standard deviation of the images (pfgmpp)")
     label_dropout: float = _field(0.1, "share of the labels replaced by the null class")
 
     patch_size: int = _field(4, "side of the transformer's patches")
@@ -62,6 +76,7 @@ class TrainConfig:
     precision: str = _field("bf16", "arithmetic of the network", choices=("bf16", "fp32"))
     compile: bool = _field(False, "torch.compile the network", free=True)
     seed: int = _field(0, "seed of the weights, the order and all noise")
+    init: str = _field("", "pipeline folder, or embedded, to start the weights from", free=True)
 
     weak_at: int = _field(1000, "keep the averaged weights of this step for autoguidance; 0: none")
     save_dtype: str = _field(
@@ -69,11 +84,15 @@ class TrainConfig:
     )
     checkpoint_every: int = _field(200, "updates between checkpoints", free=True)
     preview_every: int = _field(1000, "updates between sample grids; 0: none", free=True)
+    eval_every: int = _field(0, "updates between evaluations; 0: none", free=True)
+    eval_images: int = _field(500, "images of an evaluation", free=True)
     log_every: int = _field(20, "updates between lines of loss.jsonl", free=True)
     log_with: str = _field("", "tracker of accelerate, such as tensorboard or wandb", free=True)
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values out of range; write numbers one way, so that 64 and 64.0 are one run."""
+        object.__setattr__(self, "augment_dim", repr(_augment_dim(self.augment_dim)))
+        object.__setattr__(self, "k", _k(self.k))
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
@@ -90,6 +109,16 @@ class TrainConfig:
                 f"got {self.resolution}"
             )
 
+        if not 0 < self.k_start < 1:
+            raise ValueError(f"k_start must be strictly between 0 and 1, got {self.k_start}")
+        if self.k_freeze > self.steps:
+            raise ValueError(f"k_freeze must be at most steps {self.steps}, got {self.k_freeze}")
+
+    @property
+    def dimension(self) -> float:
+        """``augment_dim`` as a number."""
+        return float(self.augment_dim)
+
     def _need(self, names: tuple[str, ...], what: str, holds: Any) -> None:
         for name in names:
             if not holds(getattr(self, name)):
@@ -98,7 +127,27 @@ class TrainConfig:
     def changes(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """The fields that make another run of it and differ: name to (saved, now)."""
         now = asdict(self)
-        bound = [item.name for item in fields(self) if not item.metadata["free"]]
-        return {
-            name: (saved.get(name), now[name]) for name in bound if saved.get(name) != now[name]
-        }
+        bound = [item for item in fields(self) if not item.metadata["free"]]
+        before = {item.name: saved.get(item.name, item.default) for item in bound}  # older runs
+        return {name: (old, now[name]) for name, old in before.items() if old != now[name]}
+
+
+def _augment_dim(value: Any) -> float:
+    try:
+        return check_augment_dim(float(value))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"augment_dim must be a positive number, or inf for Gaussian noise, got {value!r}"
+        ) from None
+
+
+def _k(value: Any) -> str:
+    if value in K_WORDS:
+        return str(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise ValueError(f"k must be {', '.join(K_WORDS)} or a number in [0, 1], got {value!r}")
+    return repr(number)

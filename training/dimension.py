@@ -6,8 +6,12 @@ source; its derivation here (for the best linear predictor) is a reconstruction.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from ..core.student import check_augment_dim
 
 
 def _rows(data: Tensor) -> Tensor:
@@ -76,7 +80,12 @@ def trace_dimension(data: Tensor) -> float:
     return float(_rows(data).var(0, correction=1).sum())
 
 
-def suggest_k(data: Tensor, method: str = "trace", patch_size: int | None = None) -> float:
+def suggest_k(
+    data: Tensor,
+    method: str = "trace",
+    patch_size: int | None = None,
+    augment_dim: float = math.inf,
+) -> float:
     """``D / (D + d)`` from data alone, without training.
 
     Args:
@@ -84,9 +93,11 @@ def suggest_k(data: Tensor, method: str = "trace", patch_size: int | None = None
         method: how d is estimated: ``"trace"`` (robust and quick), ``"participation"`` or
             ``"neighbours"``.
         patch_size: cut images into patches of this side first: a patch is what one token predicts.
+        augment_dim: of PFGM++: Student-t noise has ``augment_dim / (augment_dim - 2)`` times the
+            energy of Gaussian noise, and the ambient D counts noise energy. Infinite at 2 or less.
 
     Returns:
-        k in [1/2, 1) where d <= D.
+        k in [1/2, 1) where d <= D; 1 where the noise has no variance.
 
     Raises:
         ValueError: for an unknown method or a patch size that does not divide the image.
@@ -100,7 +111,10 @@ def suggest_k(data: Tensor, method: str = "trace", patch_size: int | None = None
         raise ValueError(f"method must be one of {', '.join(estimators)}, got {method!r}")
     if patch_size is not None:
         data = patches(data, patch_size)
-    ambient = data[0].numel()
+    if check_augment_dim(augment_dim) <= 2:
+        return 1.0
+    gain = 1.0 if math.isinf(augment_dim) else augment_dim / (augment_dim - 2)
+    ambient = gain * data[0].numel()
     return ambient / (ambient + estimators[method](data))
 
 

@@ -11,12 +11,17 @@ from torch import Tensor
 from ..core.prediction import Level
 from .data import EpochOrder, Images, derive_seed
 from .flow import Network
+from .noise import stable_pair
 
 __all__ = ["Batch", "Objective", "draw_batch"]
 
 
 class Objective(Protocol):
-    """What is learnt: which noise and levels to draw, and the loss of each sample."""
+    """What is learnt: which noise and levels to draw, and the loss of each sample.
+
+    Three attributes are read if they are there: ``kind`` (what the output means, for previews),
+    ``learned`` (a ``LearnedK`` or None) and, as in ``NoiseLaw``, ``stable_targets``.
+    """
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Level]:
         """Noise of ``shape`` (B, ...) and levels of shape (B,), on the generator's device."""
@@ -73,7 +78,11 @@ def draw_batch(
     mirrored = (torch.rand(batch_size, generator=host) < 0.5) & flip
     dropped = torch.rand(batch_size, generator=host) < label_dropout
     clean, labels = images.take(indices, mirrored)
-    labels = torch.where(dropped, len(images.names), labels)
+    classes, null = labels.to(device), len(images.names)
+    labels, clean = torch.where(dropped, null, labels).to(device), clean.to(device)
     there = torch.Generator(device=device).manual_seed(derive_seed(seed, "noise", step))
     noise, level = objective.draw(tuple(clean.shape), there)
-    return Batch(clean.to(device), noise, level, labels.to(device))
+    if getattr(objective, "stable_targets", False):
+        dim = objective.augment_dim  # type: ignore[attr-defined]
+        clean, noise = stable_pair(clean, noise, level, labels, classes, null=null, augment_dim=dim)
+    return Batch(clean, noise, level, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.prediction import Kind, Level
+from ..core.student import student_noise
 from ..core.tensors import per_sample
+from ..samplers.pfgmpp import limited
+from .noise import NoiseLaw
 
 __all__ = ["TIMESTEPS", "FlowMatching", "Network", "logit_normal", "velocity_loss"]
 
@@ -25,13 +29,20 @@ def logit_normal(gauss: Tensor, *, mean: float, std: float) -> Tensor:
 
 
 def draw_flow(
-    shape: tuple[int, ...], generator: torch.Generator, *, mean: float, std: float
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    *,
+    mean: float,
+    std: float,
+    augment_dim: float = math.inf,
 ) -> tuple[Tensor, Level]:
-    """Noise of ``shape`` (B, ...) and logit-normal levels of shape (B,), where the generator is."""
-    device = generator.device
-    gauss = torch.randn(shape[0], generator=generator, device=device)
+    """Noise of ``shape`` (B, ...) and logit-normal levels of shape (B,), where the generator is.
+
+    At a finite ``augment_dim`` the noise is the Student-t noise of PFGM++.
+    """
+    gauss = torch.randn(shape[0], generator=generator, device=generator.device)
     sigma = logit_normal(gauss, mean=mean, std=std)
-    noise = torch.randn(shape, generator=generator, device=device)
+    noise = student_noise(generator, shape, augment_dim)
     return noise, Level(alpha=1 - sigma, sigma=sigma)
 
 
@@ -44,6 +55,7 @@ def velocity_loss(
     *,
     prediction: str = "velocity",
     sigma_floor: float = 0.05,
+    augment_dim: float = math.inf,
 ) -> Tensor:
     """Mean squared error of the velocity ``noise - clean``, one number a sample, (B,).
 
@@ -60,13 +72,14 @@ def velocity_loss(
         labels: class indices, (B,).
         prediction: what the network's output means, "velocity" or "denoised".
         sigma_floor: least sigma that an image error is divided by.
+        augment_dim: D of the noise; at D <= 2 the network's input is kept from exploding.
 
     Raises:
         ValueError: ``prediction`` is neither of the two.
     """
     alpha, sigma = per_sample(level.alpha, clean), per_sample(level.sigma, clean)
     x = alpha * clean + sigma * noise
-    output = network(x, TIMESTEPS * level.sigma, labels).float()
+    output = network(limited(x, augment_dim), TIMESTEPS * level.sigma, labels).float()
     if prediction == "velocity":
         error = output - (noise - clean)
     elif prediction == "denoised":
@@ -77,7 +90,7 @@ def velocity_loss(
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(NoiseLaw):
     """Flow matching with logit-normal noise levels (Esser et al. 2024, arXiv 2403.03206).
 
     Attributes:
@@ -98,6 +111,7 @@ class FlowMatching:
 
     def __post_init__(self) -> None:
         """Refuse a prediction that the loss does not know."""
+        super().__post_init__()
         if self.prediction not in ("velocity", "denoised"):
             raise ValueError(
                 f"prediction must be 'velocity' or 'denoised', got {self.prediction!r}"
@@ -110,7 +124,8 @@ class FlowMatching:
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Level]:
         """Noise of ``shape`` (B, ...) and levels of shape (B,), on the generator's device."""
-        return draw_flow(shape, generator, mean=self.mean, std=self.std)
+        dim = self.augment_dim
+        return draw_flow(shape, generator, mean=self.mean, std=self.std, augment_dim=dim)
 
     def __call__(
         self, network: Network, clean: Tensor, noise: Tensor, level: Level, labels: Tensor
@@ -124,4 +139,5 @@ class FlowMatching:
             labels,
             prediction=self.prediction,
             sigma_floor=self.sigma_floor,
+            augment_dim=self.augment_dim,
         )

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.prediction import Level
+from ..core.prediction import Q_FLOOR, Kind, Level
 from ..core.tensors import per_sample, widen
+from ..samplers.pfgmpp import limited
 from .flow import TIMESTEPS, Network, draw_flow
-
-Q_FLOOR = 0.05
+from .noise import NoiseLaw
 
 
 def kdiff_target(clean: Tensor, noise: Tensor, k: Tensor | float) -> Tensor:
@@ -70,6 +70,7 @@ def kdiff_loss(
     *,
     k: Tensor | float,
     q_floor: float = Q_FLOOR,
+    augment_dim: float = math.inf,
 ) -> Tensor:
     """Mean squared velocity error of a k-Diff network, one number a sample, (B,).
 
@@ -86,9 +87,10 @@ def kdiff_loss(
         labels: class indices, (B,).
         k: a number, or a tensor that is being learnt.
         q_floor: least q that is divided by.
+        augment_dim: D of the noise; at D <= 2 the network's input is kept from exploding.
     """
     alpha, sigma = per_sample(level.alpha, clean), per_sample(level.sigma, clean)
-    x = alpha * clean + sigma * noise
+    x = limited(alpha * clean + sigma * noise, augment_dim)
     output = network(x, TIMESTEPS * level.sigma, labels).float()
     error = (output - kdiff_target(clean, noise, k)) / kdiff_q(level, clean, k).clamp_min(q_floor)
     return error.square().flatten(1).mean(1)
@@ -126,8 +128,10 @@ class LearnedK(nn.Module):
 
 
 @dataclass(frozen=True)
-class KDiffObjective:
+class KDiffObjective(NoiseLaw):
     """k-Diff training with logit-normal noise levels.
+
+    With a finite ``augment_dim`` it learns on the noise of PFGM++.
 
     Attributes:
         k: a number in [0, 1], or a ``LearnedK``.
@@ -150,6 +154,7 @@ class KDiffObjective:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
+        super().__post_init__()
         if self.loss not in ("velocity", "target"):
             raise ValueError(f"loss must be 'velocity' or 'target', got {self.loss!r}")
         if isinstance(self.k, LearnedK):
@@ -161,16 +166,31 @@ class KDiffObjective:
         elif not 0 <= self.k <= 1:
             raise ValueError(f"k must be in [0, 1], got {self.k}")
 
+    @property
+    def learned(self) -> LearnedK | None:
+        """What is trained beside the network: the k, if it is learned."""
+        return self.k if isinstance(self.k, LearnedK) else None
+
+    @property
+    def kind(self) -> Kind:
+        """What the network's raw output means, at the present k."""
+        return Kind.kdiff(float(self.k()) if isinstance(self.k, LearnedK) else self.k)
+
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Level]:
         """Noise of ``shape`` (B, ...) and levels of shape (B,), on the generator's device."""
-        return draw_flow(shape, generator, mean=self.mean, std=self.std)
+        dim = self.augment_dim
+        return draw_flow(shape, generator, mean=self.mean, std=self.std, augment_dim=dim)
 
     def __call__(
         self, network: Network, clean: Tensor, noise: Tensor, level: Level, labels: Tensor
     ) -> Tensor:
         """The loss of each sample, (B,); see ``kdiff_loss``."""
         k = self.k().to(clean.device) if isinstance(self.k, LearnedK) else self.k
+        dim = self.augment_dim
         if self.loss == "velocity":
-            return kdiff_loss(network, clean, noise, level, labels, k=k, q_floor=self.q_floor)
-        output = network(level.mix(clean, noise), TIMESTEPS * level.sigma, labels).float()
+            return kdiff_loss(
+                network, clean, noise, level, labels, k=k, q_floor=self.q_floor, augment_dim=dim
+            )
+        x = limited(level.mix(clean, noise), dim)
+        output = network(x, TIMESTEPS * level.sigma, labels).float()
         return (output - kdiff_target(clean, noise, k)).square().flatten(1).mean(1)

@@ -16,7 +16,8 @@ from .data import Images
 
 __all__ = ["append_line", "check_run", "newest_state", "note_part", "read_lines", "read_run"]
 
-CONFIG, DATA, HISTORY, CURVE = "config.json", "data.json", "history.jsonl", "loss.jsonl"
+CONFIG, DATA, HISTORY = "config.json", "data.json", "history.jsonl"
+CURVE, SCORES = "loss.jsonl", "scores.jsonl"
 
 
 def check_run(
@@ -72,7 +73,7 @@ def note_part(
     step: int,
     changed: dict[str, tuple[Any, Any]],
 ) -> None:
-    """Note that the run starts or goes on at ``step``; drop the later part of the curve."""
+    """Note that the run starts or goes on at ``step``; drop what curve and scores say of later."""
     import diffusers
 
     out.mkdir(parents=True, exist_ok=True)
@@ -88,11 +89,12 @@ def note_part(
         "changed": {name: list(pair) for name, pair in changed.items()},
     }
     append_line(out / HISTORY, part)
-    if (out / CURVE).exists():
-        lines = [line for line in read_lines(out / CURVE) if line["step"] <= step]
-        aside = out / f".{CURVE}"
-        aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        aside.replace(out / CURVE)
+    for name in (CURVE, SCORES):
+        if (out / name).exists():
+            lines = [line for line in read_lines(out / name) if line["step"] <= step]
+            aside = out / f".{name}"
+            aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            aside.replace(out / name)
 
 
 def read_run(out: Path) -> tuple[TrainConfig, tuple[str, ...]]:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.prediction import Kind
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .data import EpochOrder, Images, derive_seed
 from .draws import Batch, Objective, draw_batch
 from .ema import ExponentialMovingAverage
-from .flow import FlowMatching
+from .evaluation import evaluation_during
+from .launch import agree, make_accelerator
+from .learned_k import KTraining
 from .network import as_network, build_transformer, quick_attention, train_mode, with_dtype
+from .objectives import make_objective, starting_k
 from .preview import preview
-from .run_folder import CURVE, append_line, check_run, newest_state, note_part, read_run
+from .result import describe_target, make_pipeline, save_weak
+from .run_folder import CURVE, SCORES, append_line, check_run, newest_state, note_part
 from .stopping import StopRequest
+from .warm_start import warm_start
 
-__all__ = ["Trainer", "averaged_model", "learning_rate_at", "make_objective"]
+__all__ = ["Trainer", "learning_rate_at"]
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -33,34 +39,10 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return config.learning_rate * min(1.0, rise, fall)
 
 
-def make_objective(config: TrainConfig) -> FlowMatching:
-    """The objective that the config names."""
-    return FlowMatching(config.prediction, mean=config.sigma_mean, std=config.sigma_std)
-
-
-def averaged_model(out: Path) -> nn.Module:
-    """The network of the run in ``out`` with the averaged weights of its newest checkpoint.
-
-    Raises:
-        FileNotFoundError: there is no run, or it has no checkpoint yet.
-        CheckpointError: the checkpoint is damaged.
-    """
-    config, names = read_run(out)
-    state = newest_state(out)
-    if state is None:
-        raise FileNotFoundError(f"the training run in {out} has no checkpoint yet")
-    model = build_transformer(config, len(names))
-    model.load_state_dict(state["model"])
-    ema = ExponentialMovingAverage(model, config.ema)
-    ema.load_state_dict(state["ema"])
-    ema.copy_to(model)
-    return model.eval()
-
-
 class Trainer:
     """A run in a folder, which goes on from its newest checkpoint.
 
-    The folder holds config, checkpoints, curve, history and previews.
+    The folder holds config, checkpoints, curve, history, previews and scores.
 
     Args:
         config: the settings.
@@ -72,7 +54,8 @@ class Trainer:
         allow_change: settings that may differ from those that a resumed run was started with.
 
     Raises:
-        ValueError: ``batch_size`` cannot be split over ranks and passes.
+        ValueError: ``batch_size`` cannot be split over ranks and passes, or the weights to start
+            from do not fit.
         CheckpointError: ``out`` holds another run, or a damaged checkpoint.
     """
 
@@ -89,7 +72,7 @@ class Trainer:
         self.config, self.images, self.out = config, images, out
         changed = check_run(out, config, images, allow_change)
         saved = newest_state(out)
-        self.accelerator = accelerator or _accelerator(config, out)
+        self.accelerator = accelerator or make_accelerator(config, out)
         self.device: torch.device = self.accelerator.device
         parts = self.accelerator.num_processes * config.accumulate
         if config.batch_size % parts:
@@ -98,11 +81,16 @@ class Trainer:
                 f"got {config.batch_size}"
             )
         self.order = EpochOrder(len(images), config.seed)
-        self.objective = objective or make_objective(config)
+        if objective is None:
+            objective = make_objective(config, starting_k(config, images, saved))
+        self.objective = objective
         self.step = 0
         self._build()
         if saved is not None:
             self._load(saved)
+        elif config.init:
+            warm_start(self.model, config.init, self.kind())
+            self.ema = ExponentialMovingAverage(self.model, config.ema)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             note_part(out, config, images, step=self.step, changed=changed)
@@ -113,8 +101,10 @@ class Trainer:
         self.model = build_transformer(config, len(self.images.names)).to(self.device)
         train_mode(self.model)
         self.ema = ExponentialMovingAverage(self.model, config.ema)
+        learned = getattr(self.objective, "learned", None)
+        self.k = KTraining(learned if learned is None else learned.to(self.device), config)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [{"params": list(self.model.parameters())}, *self.k.groups()],
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
@@ -126,6 +116,7 @@ class Trainer:
             self.model.compile()
         self.runner: nn.Module = self.accelerator.prepare_model(self.model)
         self.network = as_network(self.runner, bf16=config.precision == "bf16")
+        self.evaluate = evaluation_during(config, self.images, self.pipeline)
 
     def run(self) -> bool:
         """Train to ``config.steps``; False where a signal stopped it before, with a checkpoint.
@@ -147,8 +138,10 @@ class Trainer:
                 if logged:
                     clock = self._log(norm, clock, bar.set_postfix)
                 self._keep()
+                self._score(bar.write)
                 # Ranks must agree on when to stop; asking at every step would stall the devices.
-                if (logged or self.accelerator.num_processes == 1) and self._agree(stop.asked):
+                asks = logged or self.accelerator.num_processes == 1
+                if asks and agree(self.accelerator, stop.asked):
                     if not self._due(self.config.checkpoint_every):
                         self.checkpoint()
                     break
@@ -159,6 +152,8 @@ class Trainer:
     def update(self) -> Tensor:
         """One update of the weights and of their average; returns the norm of the gradient, ()."""
         config, rank = self.config, self.accelerator.process_index
+        if self.k.begin_update(self.step):
+            self.ema = ExponentialMovingAverage(self.model, config.ema)
         batch = draw_batch(
             self.step,
             images=self.images,
@@ -172,15 +167,16 @@ class Trainer:
         ).part(rank, self.accelerator.num_processes)
         # What the layers themselves draw (dropout) is a function of the step as well.
         torch.manual_seed(derive_seed(config.seed, "layers", self.step, rank))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, config)
+        self.optimizer.param_groups[0]["lr"] = learning_rate_at(self.step, config)
         for index in range(config.accumulate):
             last = index == config.accumulate - 1
             self.loss_sum += self._backward(batch.part(index, config.accumulate), last)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.k.share_gradient(self.accelerator)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model, self.step)
+        self.ema.update(self.model, self.step - self.k.average_from(self.step))
+        self.k.end_update(self.step)
         self.step += 1
         return norm
 
@@ -194,6 +190,8 @@ class Trainer:
                 "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "loss_sum": loss_sum,
+                "target": self.target(),
+                "learned_k": self.k.state_dict(),
             }
             save_checkpoint(self.out / "checkpoints", self.step, state)
         self.accelerator.wait_for_everyone()
@@ -205,6 +203,26 @@ class Trainer:
         model.load_state_dict(self.model.state_dict())
         self.ema.copy_to(model)
         return model.eval()
+
+    def kind(self) -> Kind:
+        """What the averaged network predicts; with a learned k, at its average."""
+        k = self.k.average()
+        if k is not None:
+            return Kind.kdiff(k)
+        kind: Kind = getattr(self.objective, "kind", Kind(self.config.prediction))
+        return kind
+
+    def target(self) -> dict[str, Any]:
+        """What the averaged network predicts and on which noise, as a pipeline is told."""
+        return describe_target(self.kind(), getattr(self.objective, "augment_dim", math.inf))
+
+    def pipeline(self) -> Any:
+        """A pipeline of a copy of the averaged weights, in the precision of the training."""
+        name = "bfloat16" if self.config.precision == "bf16" else "float32"
+        model = with_dtype(self.average(), name)
+        pipe = make_pipeline(model, self.target(), self.images.names)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def _backward(self, batch: Batch, last: bool) -> Tensor:
         context = nullcontext() if last else self.accelerator.no_sync(self.runner)
@@ -221,34 +239,32 @@ class Trainer:
         self.ema.load_state_dict(saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.loss_sum.copy_(saved["loss_sum"])
+        self.k.load_state_dict(saved.get("learned_k") or {})
         self.step = saved["step"]
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
-
-    def _agree(self, asked: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return asked
-        flag = torch.tensor(float(asked), device=self.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _keep(self) -> None:
         """Whatever is due after this step: weak weights, checkpoint, preview."""
         config, main = self.config, self.accelerator.is_main_process
         if main and self.step == config.weak_at:
             weak = with_dtype(self.average(), config.save_dtype)
-            weak.save_pretrained(self.out / "weak")  # type: ignore[operator]
+            save_weak(weak, self.out / "weak", self.target())
         if self._due(config.checkpoint_every):
             self.checkpoint()
         if main and config.preview_every and self._due(config.preview_every):
-            preview(
-                as_network(self.average(), bf16=config.precision == "bf16"),
-                self.out / "previews" / f"step-{self.step:08d}.png",
-                classes=len(self.images.names),
-                resolution=config.resolution,
-                kind=make_objective(config).kind,
-                device=self.device,
-            )
+            preview(self.pipeline(), self.out / "previews" / f"step-{self.step:08d}.png")
+
+    def _score(self, say: Callable[[str], None]) -> None:
+        """Whatever evaluation is due after this step: a line of the scores."""
+        values = self.evaluate(self.step)
+        if values and self.accelerator.is_main_process:
+            append_line(self.out / SCORES, {"step": self.step, **values})
+            shown = ", ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items())
+            say(f"step {self.step}: {shown}")
+        if values and self.config.log_with:
+            self.accelerator.log(values, step=self.step)
 
     def _log(
         self, norm: Tensor, clock: tuple[int, float], show: Callable[..., None]
@@ -270,23 +286,13 @@ class Trainer:
             "learning_rate": learning_rate_at(self.step - 1, config),
             "images_per_second": (self.step - clock[0]) * config.batch_size / (now - clock[1]),
             "unix_time": round(time.time()),
+            **self.k.line(),
         }
         if self.accelerator.is_main_process:
             append_line(self.out / CURVE, line)
-        show(loss=f"{loss:.4f}")
+        show(loss=f"{loss:.4f}", **{name: f"{k:.4f}" for name, k in self.k.line().items()})
         if config.log_with:
-            values = {name: line[name] for name in ("loss", "gradient_norm", "learning_rate")}
+            logged = ("loss", "gradient_norm", "learning_rate", "k")
+            values = {name: line[name] for name in logged if name in line}
             self.accelerator.log(values, step=self.step)
         return self.step, now
-
-
-def _accelerator(config: TrainConfig, out: Path) -> Any:
-    from accelerate import Accelerator
-
-    # Autocast is done in `as_network`, around the network alone, whatever the launcher says.
-    accelerator = Accelerator(
-        mixed_precision="no", log_with=config.log_with or None, project_dir=str(out)
-    )
-    if config.log_with:
-        accelerator.init_trackers("diffsteer", config=asdict(config))
-    return accelerator
