@@ -13,6 +13,7 @@ from .prediction import to_denoised as to_denoised
 from .step import Guidance as Guidance
 from .step import MissingPrediction as MissingPrediction
 from .step import Step as Step
+from .step import needs_uncond as needs_uncond
 from .tensors import per_sample as per_sample
 from .tensors import sample_dot as sample_dot
 from .tensors import sample_norm as sample_norm
@@ -27,6 +28,7 @@ __all__ = [
     "Step",
     "denoised_affine",
     "from_denoised",
+    "needs_uncond",
     "noise_like_seeds",
     "per_sample",
     "sample_dot",

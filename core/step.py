@@ -27,11 +27,18 @@ class Guidance(Protocol):
             outputs and spare both conversions (plain guidance stays bit-exact). A rule that repeats
             what another program does to raw outputs says True as well.
         ``moves`` (False): the rule calls ``Step.move``.
+        ``needs_uncond`` (True): the rule reads the unconditional prediction; where it is False,
+            guiders and scripts spare the pipeline that evaluation.
     """
 
     def __call__(self, step: Step) -> Tensor:
         """The guided denoised sample, same shape as ``step.x``."""
         ...
+
+
+def needs_uncond(rule: Any) -> bool:
+    """Whether a guidance method reads the unconditional prediction; True unless it says not."""
+    return bool(getattr(rule, "needs_uncond", True))
 
 
 @dataclass
@@ -56,6 +63,9 @@ class Step:
         next_level: the level the solver is about to step to, or None where the adapter cannot tell.
         recorded: how to read an argument of the pipeline's own denoiser call; set by the adapter,
             used through ``argument``.
+        ratios: the noise-to-signal ratios of this step and all that follow, (n,) on the CPU, at the
+            first step of a trajectory; None at the others and where the adapter cannot tell.
+        stochastic: whether the solver adds noise, where the adapter can tell.
     """
 
     x: Tensor
@@ -72,6 +82,8 @@ class Step:
     moved: Tensor | None = None
     next_level: Level | None = None
     recorded: Callable[[str, Branch], Any] | None = None
+    ratios: Tensor | None = None
+    stochastic: bool = False
 
     def need_uncond(self, who: str) -> Tensor:
         """The unconditional prediction, or an error that says how to get one.
@@ -84,7 +96,8 @@ class Step:
                 f"{who} needs the unconditional prediction, but the pipeline ran only the "
                 f"conditional one at step {self.index}. Turn classifier-free guidance on in the "
                 "call: guidance_scale above 1 (true_cfg_scale above 1 with a negative prompt for "
-                "Flux and Qwen); its value does not matter, the rule replaces it"
+                "Flux and Qwen); its value does not matter, the rule replaces it. A distilled "
+                "model (Turbo, Lightning, LCM, schnell) has no such branch to turn on"
             )
         return self.uncond
 

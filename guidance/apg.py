@@ -240,6 +240,11 @@ class AdaptiveProjectedGuidance:
             return self.relative_radius * self.latent_std * math.sqrt(math.prod(sample.shape[1:]))
         return math.inf if self.radius is None else self.radius
 
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the unconditional prediction is read: not at a constant scale of 1."""
+        return self.scale != 1
+
     def __call__(self, step: Step) -> Tensor:
         """The guided prediction, shape of ``step.cond``; exactly ``step.cond`` at scale 1.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,7 +30,8 @@ class AutoGuidance:
             ``GuidanceInterval(AutoGuidance(2.0), low, high)``: only there do they spare the
             evaluation of the weak model.
         model: the weak model, called as the denoiser is called; None is the one given to
-            ``steer(pipe, rule, weak=...)`` or ``GuidedDenoiser(..., weak=...)``.
+            ``steer(pipe, rule, weak=...)`` or ``GuidedDenoiser(..., weak=...)``. ``steer`` also
+            takes a checkpoint folder, or a ``degraded`` pass of the model itself.
 
     Raises:
         TypeError: if ``scale`` is no number, ``rule`` no guidance method, or ``model`` no function.
@@ -61,6 +62,8 @@ class AutoGuidance:
                 "model must be called like the denoiser (a module such as weak_pipe.transformer), "
                 f"got {self.model!r}"
             )
+
+    needs_uncond: ClassVar[bool] = False  # the weak model's prediction takes its place
 
     @property
     def commutes(self) -> bool:

@@ -57,6 +57,11 @@ class ClassifierFreeGuidance:
         """Refuse scales that are no numbers."""
         check_scale(self.scale)
 
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the unconditional prediction is read: not at a constant scale of 1."""
+        return self.scale != 1
+
     def __call__(self, step: Step) -> Tensor:
         """The guided prediction, shape of ``step.cond``; exactly ``step.cond`` at scale 1.
 

@@ -6,6 +6,7 @@ ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,10 +14,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..core.prediction import Level
-from ..core.step import Branch, Guidance, Step
+from ..core.step import Branch, Guidance, Step, needs_uncond
 from ..core.tensors import per_sample, widen
 from .anderson import Anderson
-from .checks import check_choice, check_number, check_rule
+from .checks import check_choice, check_number, check_reached, check_rule
 
 Velocity = Callable[[Tensor], Tensor]
 Order = Literal["code", "paper"]
@@ -121,7 +122,10 @@ class ManifoldProjectedGuidance:
             if value != int(value):
                 raise ValueError(f"{name} must be a whole number, got {value}")
         for name in ("above", "twin_above"):
-            remedy = "a flow sigma is 0 for clean samples and 1 for noise"
+            remedy = (
+                "the gate is a flow sigma for every scheduler, 0 for clean samples, 1 for noise: "
+                "give 1 - t for a flow time t, sigma / (alpha + sigma) for any other noise level"
+            )
             check_number(name, getattr(self, name), low=0.0, high=1.0, remedy=remedy)
         check_number("step_share", self.step_share, low=0.0, open_low=True, remedy="0.5 is usual")
         check_number("damping", self.damping, low=0.0, open_low=True, high=1.0, remedy="1 is none")
@@ -137,14 +141,21 @@ class ManifoldProjectedGuidance:
         """The released SD3.5 script: K = 3 where sigma > 0.6, twin operator where sigma >= 0.95."""
         return cls(rule, iterations=3, anderson=anderson, above=0.6, twin_above=0.95)
 
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the unconditional prediction is read: by the iterations, or by ``rule``."""
+        return self.iterations > 0 or needs_uncond(self.rule)
+
     def __call__(self, step: Step) -> Tensor:
         """The guided prediction at the moved sample; exactly ``rule``'s where nothing is moved.
 
         Raises:
             MissingPrediction: without an unconditional prediction, or without a way to evaluate.
-            ValueError: if the adapter does not tell the size of the solver step, or levels differ
-                within the batch.
+            ValueError: if the adapter does not tell the size of the solver step, levels differ
+                within the batch, no step of the run is above the gate, or the acceleration meets a
+                solver that adds noise.
         """
+        self._check_run(step)
         size = self._step_size(step)
         if size is None:
             return self.rule(step)
@@ -163,6 +174,17 @@ class ManifoldProjectedGuidance:
         guided = self.rule(at).to(step.cond.dtype)
         step.move(moved)
         return guided
+
+    def _check_run(self, step: Step) -> None:
+        if self.iterations == 0 or self.above == 1:
+            return
+        check_reached(step.ratios, self.above / (1 - self.above), math.inf)
+        if step.stochastic and self.anderson > 0 and self.iterations > 1:
+            raise ValueError(
+                "the scheduler adds noise at its steps, but the acceleration (anderson > 0) is "
+                "made for a deterministic flow: use anderson=0 (CFG-MP), or a deterministic "
+                "scheduler (DDIM with eta 0, Euler, DPM-Solver)"
+            )
 
     def _step_size(self, step: Step) -> Tensor | None:
         """The operator's step in flow sigma, or None where nothing is to be moved."""

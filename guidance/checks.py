@@ -74,6 +74,27 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_reached(ratios: Tensor | None, low: float, high: float) -> None:
+    """Refuse an interval of noise levels that no step of the run lies in.
+
+    Args:
+        ratios: ``Step.ratios``; nothing is checked where it is None.
+        low: exclusive.
+        high: inclusive.
+
+    Raises:
+        ValueError: with the levels of the run.
+    """
+    if ratios is None or not len(ratios) or bool(((ratios > low) & (ratios <= high)).any()):
+        return
+    raise ValueError(
+        f"no step of this run lies in low < sigma <= high with low={low:g} and high={high:g}: its "
+        f"{len(ratios)} noise-to-signal ratios go from {float(ratios.max()):.4g} to "
+        f"{float(ratios.min()):.4g}. Choose ends inside, or more steps; flow sigmas in [0, 1] are "
+        "given by GuidanceInterval.flow, or as sigma / (1 - sigma)"
+    )
+
+
 def check_rule(name: str, rule: Any) -> None:
     """Refuse what is not a guidance method, ready to be called.
 

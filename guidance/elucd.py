@@ -17,8 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.prediction import Level
-from ..core.step import Branch, Guidance, Step
+from ..core.step import Branch, Guidance, Step, needs_uncond
 from ..core.tensors import per_sample, sample_norm, widen
 from .checks import (
     check_choice,
@@ -27,6 +26,8 @@ from .checks import (
     check_rule,
     one_label_a_sample,
 )
+from .elucd_schedule import direction_size, posterior_variance, sine_boost
+from .labels import check_table, classify, own_labels, require_sound
 
 Form = Literal["score", "posterior", "direction"]
 
@@ -99,41 +100,6 @@ def smooth_activations(module: nn.Module, beta: float) -> nn.Module:
     return smooth
 
 
-def posterior_variance(now: Level, following: Level) -> Tensor:
-    """Variance of the forward posterior, ``sigma'^2 (1 - (alpha sigma' / (alpha' sigma))^2)``."""
-    gain = (now.alpha * following.sigma) / (following.alpha * now.sigma)
-    return following.sigma**2 * (1 - gain**2).clamp_min(0)
-
-
-def sine_boost(index: int, count: int, gamma: float, largest: Tensor, variance: Tensor) -> Tensor:
-    """``w / Sigma = 1 + gamma * (V_max / Sigma) * sin(pi t / N)``, t from N - 1 down to 0 (E2).
-
-    Args:
-        index: number of the step, from 0.
-        count: N.
-        gamma: weight of the sine term.
-        largest: V_max, the largest posterior variance so far.
-        variance: Sigma of this step; where it is 0 there is no boost.
-    """
-    sine = math.sin(math.pi * (count - 1 - index) / count)
-    ratio = torch.where(
-        variance > 0, largest / variance.clamp_min(1e-30), torch.zeros_like(variance)
-    )
-    return 1 + gamma * sine * ratio
-
-
-def direction_size(index: int, count: int, largest: float, bump: float) -> float:
-    """Size of the EDM form's push relative to the sample (E3): linear decay plus a sine bump.
-
-    ``max(G (L - i) / L, 1e-5) + bump * G sin(pi i / (L - 1))`` with L = count + 1; 0 if G is 0.
-    """
-    if largest == 0:
-        return 0.0
-    length = count + 1
-    sine = math.sin(math.pi * index / (length - 1))
-    return max(largest * (length - index) / length, 1e-5) + bump * largest * sine
-
-
 @dataclass(frozen=True, eq=False)
 class CalibratedClassifierGuidance:
     """Climb a classifier's calibrated energy, on top of a rule or of the conditional prediction.
@@ -151,11 +117,15 @@ class CalibratedClassifierGuidance:
             Sigma) sigma'^2 / alpha' * g``, which moves the mean of an ancestral step by ``s w g``
             exactly. ``"direction"``: the sample moves by a push of fixed length before the step
             (EDM with Heun); costs one evaluation more for each branch.
-        labels: wanted classes in the classifier's numbering, (B,); None reads the pipeline's.
+        labels: wanted classes in the pipeline's numbering, (B,); None reads them from the
+            pipeline's call.
+        label_map: the pipeline's label of each class of the classifier, (K,); None if the same. See
+            ``match_classes`` and ``check_label_map``.
         condition: the denoiser's label argument.
         decode: samples to the classifier's images, differentiable. By default images in [0, 1] from
             pixels in [-1, 1]: ``clipped_pixels`` of the denoised sample, or, for ``"direction"``,
-            ``unit_pixels`` of the noisy sample at unit size. (The released code feeds [-1, 1].)
+            ``unit_pixels`` of the noisy sample at unit size. (The released code feeds [-1, 1].) For
+            latent models ``image_decoder(pipe)``.
         through_denoiser: take the gradient with respect to the noisy sample, through the denoiser
             (one more evaluation with its graph); else with respect to the denoised sample, as
             released.
@@ -165,8 +135,8 @@ class CalibratedClassifierGuidance:
         ValueError: if a number is out of range, or the classifier is in training mode.
 
     Source: arXiv 2310.11311 and its code. Where we differ: the largest variance is that of the
-        schedule
-    and not of one pixel of one sample, and the push does not depend on other samples of the batch.
+    schedule and not of one pixel of one sample, and the push does not depend on other samples of
+    the batch.
     """
 
     classifier: Callable[[Tensor], Tensor]
@@ -177,6 +147,7 @@ class CalibratedClassifierGuidance:
     sine: float = 0.3
     form: Form = "score"
     labels: Tensor | None = None
+    label_map: Tensor | None = None
     condition: str = "class_labels"
     decode: Callable[[Tensor], Tensor] | None = None
     through_denoiser: bool = False
@@ -195,11 +166,17 @@ class CalibratedClassifierGuidance:
         check_number("marginal", self.marginal, low=0.0, remedy="1 is plain classifier guidance")
         check_number("sine", self.sine, low=0.0, remedy="0 is off")
         check_choice("form", self.form, ("score", "posterior", "direction"))
+        check_table(self.label_map)
 
     @property
     def moves(self) -> bool:
         """Whether the sample is replaced before the solver's step."""
         return self.form == "direction" or bool(getattr(self.rule, "moves", False))
+
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the base rule reads the unconditional prediction."""
+        return self.rule is not None and needs_uncond(self.rule)
 
     def __call__(self, step: Step) -> Tensor:
         """The guided prediction, shape of ``step.cond``; bit for bit the base rule's at scale 0.
@@ -243,13 +220,15 @@ class CalibratedClassifierGuidance:
         labels = step.argument(self.condition) if self.labels is None else self.labels
         return one_label_a_sample(labels, step.cond)
 
-    def _energy(self, images: Tensor, labels: Tensor) -> Tensor:
-        logits = widen(self.classifier(images))
-        if logits.ndim != 2 or logits.shape[0] != labels.shape[0]:
-            raise ValueError(
-                f"classifier must return logits ({labels.shape[0]}, K), got {tuple(logits.shape)}"
-            )
-        return calibrated_energy(logits, labels, joint=self.joint, marginal=self.marginal)
+    def _energy(self, step: Step, images: Tensor, labels: Tensor) -> Tensor:
+        # One class has no probability to climb, but its logit may be any energy.
+        logits = classify(self.classifier, images, least=2 if self.marginal else 1)
+        table = None if self.label_map is None else self.label_map.to(logits.device)
+        own, known = own_labels(labels, logits.shape[1], table)
+        if ("seen", id(self)) not in step.memory:  # once a trajectory: this waits for the device
+            require_sound(labels, known, logits)
+            step.memory["seen", id(self)] = True
+        return calibrated_energy(logits, own, joint=self.joint, marginal=self.marginal)
 
     def _gradient(self, step: Step, base: Tensor) -> Tensor:
         labels = self._labels(step)
@@ -259,9 +238,9 @@ class CalibratedClassifierGuidance:
                 denoised = step.predict(leaf, "cond")
             else:
                 leaf = denoised = base.detach().clone().requires_grad_()
-            energy = self._energy((self.decode or clipped_pixels)(denoised), labels.clone())
-            (gradient,) = torch.autograd.grad(energy.sum(), leaf)
-        return gradient
+            return _slope(
+                self._energy(step, (self.decode or clipped_pixels)(denoised), labels.clone()), leaf
+            )
 
     def _push_sample(self, step: Step) -> Tensor:
         size = direction_size(step.index, step.count, self.scale, self.sine)
@@ -272,8 +251,8 @@ class CalibratedClassifierGuidance:
         labels = self._labels(step)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = (x.detach() / rms.clamp_min(1)).clone().requires_grad_()
-            energy = self._energy((self.decode or unit_pixels)(leaf), labels.clone())
-            (gradient,) = torch.autograd.grad(energy.sum(), leaf)
+            images = (self.decode or unit_pixels)(leaf)
+            gradient = _slope(self._energy(step, images, labels.clone()), leaf)
         length = per_sample(sample_norm(gradient) / math.sqrt(x[0].numel()), x)
         moved = x + size * rms * gradient / length.clamp_min(1e-12)
 
@@ -287,3 +266,13 @@ class CalibratedClassifierGuidance:
         guided = self._base(there)
         step.move(moved)
         return guided
+
+
+def _slope(energy: Tensor, leaf: Tensor) -> Tensor:
+    if not energy.requires_grad:
+        raise ValueError(
+            "the classifier's logits do not depend differentiably on the sample: the classifier or "
+            "decode runs without gradients (no_grad, inference_mode, a detached or uint8 image)"
+        )
+    (gradient,) = torch.autograd.grad(energy.sum(), leaf)
+    return gradient

@@ -18,8 +18,15 @@ import torch
 from torch import Tensor
 
 from ..core.step import Step
-from ..core.tensors import per_sample, widen
-from .checks import check_choice, check_classifier, check_number, one_label_a_sample
+from ..core.tensors import per_sample
+from .checks import (
+    check_choice,
+    check_classifier,
+    check_number,
+    check_reached,
+    one_label_a_sample,
+)
+from .labels import check_table, classify, own_labels, require_sound
 
 Mode = Literal["pair", "top", "miss", "binary", "const"]
 Combine = Literal["alone", "cfg", "switch", "autoguidance"]
@@ -103,8 +110,10 @@ class GradientFreeClassifierGuidance:
         condition: what makes the model conditional on the reference: the name of the denoiser's
             label argument; or, for a closed set of prompts, a table for each argument,
             ``{"encoder_hidden_states": (K, tokens, channels), ...}``, indexed by class.
-        label_map: the pipeline's label of each class of the classifier, (K,); None if the same.
-        decode: denoised samples to the classifier's images; ``pixels`` for pixel models.
+        label_map: the pipeline's label of each class of the classifier, (K,); None if the same. See
+            ``match_classes`` and ``check_label_map``.
+        decode: denoised samples to the classifier's images; ``pixels`` for pixel models, an
+            ``image_decoder(pipe)`` for latent ones.
         classify_on: ``"cond"``, or ``"previous"``: the last step's guided prediction.
         every: classify at every n-th step and hold the result in between.
         hysteresis: keep the last reference unless another is this many times as likely; 1 is off.
@@ -117,8 +126,7 @@ class GradientFreeClassifierGuidance:
             map has duplicates.
 
     Source: arXiv 2411.15393, reconstruction; see the module. In multi-stage solvers the later
-        stages
-    reuse the first stage's classes and weights, so that a step follows one field.
+    stages reuse the first stage's classes and weights, so that a step follows one field.
     """
 
     classifier: Callable[[Tensor], Tensor]
@@ -156,18 +164,24 @@ class GradientFreeClassifierGuidance:
             raise ValueError(f"low must be less than high, got low={self.low}, high={self.high}")
         if not isinstance(self.condition, str) and (self.labels is None or not self.condition):
             raise ValueError("a table of conditions needs labels, (B,), and at least one argument")
-        if self.label_map is not None and len(set(self.label_map.tolist())) != len(self.label_map):
-            raise ValueError("label_map names a label twice: one class would stand for two")
+        check_table(self.label_map)
 
     commutes = False
+
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the unconditional prediction is read, for classifier-free guidance."""
+        return self.combine in ("cfg", "switch") and self.cfg_scale != 1
 
     def __call__(self, step: Step) -> Tensor:
         """The guided prediction, shape of ``step.cond``.
 
         Raises:
             MissingPrediction: if a needed prediction, label or weak model is missing.
-            ValueError: if the classifier's output does not fit.
+            ValueError: if the classifier's output or the labels do not fit, or no step of the run
+                lies between ``low`` and ``high``.
         """
+        check_reached(step.ratios, self.low, self.high)
         memory = step.memory.setdefault(id(self), {})
         ratio = step.level.ratio
         inside = bool(((ratio > self.low) & (ratio <= self.high)).all())
@@ -190,6 +204,8 @@ class GradientFreeClassifierGuidance:
 
     def _combine(self, step: Step, reference: Tensor, phi: Tensor) -> Tensor:
         cond, push = step.cond, per_sample(phi, step.cond).to(step.cond.dtype)
+        if self.combine == "autoguidance" and self.cfg_scale == 1:
+            return cond
         if self.combine == "autoguidance":
             confused = phi >= self.threshold
             label = torch.where(confused, reference, self._labels(step))
@@ -198,10 +214,12 @@ class GradientFreeClassifierGuidance:
         contrast = cond - step.predict(branch="cond", **self._condition(reference))
         if self.combine == "switch":
             confused = per_sample(phi >= self.threshold, cond)
-            plain = (self.cfg_scale - 1) * (cond - self._uncond(step))
+            plain = torch.zeros_like(cond)
+            if self.needs_uncond:
+                plain = (self.cfg_scale - 1) * (cond - self._uncond(step))
             return cond + torch.where(confused, self.scale * push * contrast, plain)
         guided = cond + self.scale * push * contrast
-        if self.combine == "cfg" and self.cfg_scale != 1:
+        if self.needs_uncond:
             guided = guided + (self.cfg_scale - 1) * (cond - self._uncond(step))
         return guided
 
@@ -227,41 +245,23 @@ class GradientFreeClassifierGuidance:
         sample = memory.get("guided") if self.classify_on == "previous" else None
         sample = step.cond if sample is None else sample
         with torch.no_grad():
-            logits = widen(self.classifier(self.decode(sample)))
-            wanted = self._own_labels(self._labels(step), logits, first=held is None)
+            logits = classify(self.classifier, self.decode(sample))
+            table = self._table(memory, logits)
+            labels = self._labels(step)
+            wanted, known = own_labels(labels, logits.shape[1], table)
+            if held is None:  # once a trajectory: this waits for the device
+                require_sound(labels, known, logits)
             own = self._settle(reference_class(logits, wanted), logits, memory)
             phi = confusion(logits, wanted, own, mode=self.mode, temperature=self.temperature)
         phi = torch.where(phi < self.dead_zone, torch.zeros_like(phi), phi)
-        reference = own if self.label_map is None else self.label_map.to(own.device)[own]
-        memory["verdict"] = (reference, phi)
-        return reference, phi
+        memory["verdict"] = (own if table is None else table[own], phi)
+        return memory["verdict"]
 
-    def _own_labels(self, labels: Tensor, logits: Tensor, *, first: bool) -> Tensor:
-        """The wanted classes in the classifier's numbering; checked once a trajectory."""
-        if logits.ndim != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < 2:
-            raise ValueError(
-                f"classifier must return logits ({labels.shape[0]}, K), one row an image, K > 1, "
-                f"got {tuple(logits.shape)}"
-            )
-        own = labels
-        if self.label_map is not None:
-            if len(self.label_map) != logits.shape[1]:
-                raise ValueError(
-                    f"label_map has {len(self.label_map)} entries for {logits.shape[1]} classes"
-                )
-            same = labels[:, None] == self.label_map.to(labels.device)[None]
-            own = same.long().argmax(1)
-            known = same.any(1)
-        else:
-            known = (labels >= 0) & (labels < logits.shape[1])
-        if first and not bool((known & torch.isfinite(logits).all(1)).all()):
-            if bool(known.all()):
-                raise ValueError("classifier returned NaN or infinity for the first images it saw")
-            raise ValueError(
-                f"labels {labels[~known].tolist()} are no classes of the classifier, which has "
-                f"{logits.shape[1]}; pass label_map"
-            )
-        return own
+    def _table(self, memory: dict[str, Any], logits: Tensor) -> Tensor | None:
+        """The label map on the classifier's device, copied once a trajectory."""
+        if self.label_map is not None and "table" not in memory:
+            memory["table"] = self.label_map.to(logits.device)
+        return memory.get("table")
 
     def _settle(self, fresh: Tensor, logits: Tensor, memory: dict[str, Any]) -> Tensor:
         """Keep the last reference unless the new one is clearly more likely."""

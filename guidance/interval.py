@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core.step import Guidance, Step
+from ..core.step import Guidance, Step, needs_uncond
 from ..core.tensors import per_sample
-from .checks import check_number, check_rule
+from .checks import check_number, check_reached, check_rule
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,19 @@ class GuidanceInterval:
         """Whether the inner rule replaces the noisy sample."""
         return bool(getattr(self.rule, "moves", False))
 
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the inner rule reads the unconditional prediction."""
+        return needs_uncond(self.rule)
+
     def __call__(self, step: Step) -> Tensor:
         """The guided prediction inside the interval, exactly ``step.cond`` outside.
 
         Raises:
             MissingPrediction: if the inner rule needs a prediction that the step does not have.
+            ValueError: at the first step, if no step of the run lies in the interval.
         """
+        check_reached(step.ratios, self.low, self.high)
         sigma = step.level.ratio
         memory = step.memory.setdefault(("interval", id(self)), {})
         inside = (sigma > self.low) & (sigma <= self.high)

@@ -132,6 +132,8 @@ def _make_step(seen: Predictions, space: Space | None, now: Trajectory, timestep
         evaluate_weak=evaluate_weak,
         next_level=now.following,
         recorded=seen.argument,
+        ratios=now.ratios,
+        stochastic=now.stochastic,
     )
 
 

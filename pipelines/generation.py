@@ -15,7 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..core.noise import seeded_generators
-from ..core.step import Guidance
+from ..core.step import Guidance, needs_uncond
 from .image_folder import FolderError, ImageFolder, ImageRequest
 from .labels import label_ids
 from .steer import steer
@@ -117,7 +117,8 @@ def generate_images(
     """
     _check_counts(steps=steps, batch_size=batch_size)
     rank, ranks = (state.process_index, state.num_processes) if state else (0, 1)
-    extra = check_call(pipe, requests, guided=rule is not None, call=call or {})
+    guided = rule is not None and needs_uncond(rule)  # else an evaluation would be wasted
+    extra = check_call(pipe, requests, guided=guided, call=call or {})
     extra["num_inference_steps"] = steps
     folder, began = ImageFolder(out), time.time()
     missing: list[ImageRequest] = []

@@ -14,8 +14,9 @@ from diffusers.guiders import BaseGuidance as BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
 
-from ..core.step import Guidance, MissingPrediction
+from ..core.step import Guidance, MissingPrediction, needs_uncond
 from ..guidance import AdaptiveProjectedGuidance, ClassifierFreeGuidance, GuidanceInterval
+from ..guidance.checks import check_reached
 from .apply import apply_rule, autograd_allowed
 from .guider_config import describe, restore
 from .guider_step import read_level, receive
@@ -80,7 +81,7 @@ class RuleGuider(BaseGuidance):
         self._call: Call | None = None
         self._calls: list[Call] = []
         self._latents: Tensor | None = None
-        self._branches = 1
+        self._branches, self._on = 1, False
         self._unit_time = False
 
     @property
@@ -96,7 +97,10 @@ class RuleGuider(BaseGuidance):
         The same before, during and after a run: pipelines ask while they encode the prompt, and
         diffusers' own guiders then answer for the last step of the run before.
         """
-        return 2 if self._enabled and _needs_pair(self.rule) and self._start < self._stop else 1
+        return 2 if self._works() and needs_uncond(self.rule) else 1
+
+    def _works(self) -> bool:
+        return bool(self._enabled and self._start < self._stop and not _does_nothing(self.rule))
 
     @property
     def is_conditional(self) -> bool:
@@ -114,7 +118,8 @@ class RuleGuider(BaseGuidance):
         self._now.stage = 0 if self._reader is None else solver_stage(self._reader.scheduler)
         if self._now.stage == 0 or self._now.index < 0:
             self._now.index += 1
-        self._branches = 2 if self._is_on(timestep) else 1
+        self._on = self._is_on(timestep)
+        self._branches = 2 if self._on and needs_uncond(self.rule) else 1
 
     def _begin_run(self, step: int, count: int) -> None:
         scheduler = self.scheduler
@@ -126,11 +131,13 @@ class RuleGuider(BaseGuidance):
     def _is_on(self, timestep: Any) -> bool:
         index, count = self._now.index, self._now.count
         late = self._stop < 1 and index >= int(self._stop * count)
-        if self.num_conditions == 1 or index < int(self._start * count) or late:
+        if not self._works() or index < int(self._start * count) or late:
             return False
         if self._reader is None or not isinstance(self.rule, GuidanceInterval):
             return True
         ratio = self._reader.read(timestep).level.ratio
+        if index == 0:
+            check_reached(self._reader.remaining(timestep), self.rule.low, self.rule.high)
         if ratio.device.type != "cpu":  # the rule decides, without waiting for the device
             return True
         return bool(((ratio > self.rule.low) & (ratio <= self.rule.high)).any())
@@ -191,18 +198,20 @@ class RuleGuider(BaseGuidance):
         """The guided prediction, in the kind and dtype of the predictions."""
         calls, self._calls = self._calls, []
         guided = pred_cond
-        if pred_uncond is None:
+        if not self._on:
             self._now.memory.clear()
         else:
+            pair = [pred_cond] if pred_uncond is None else [pred_cond, pred_uncond]
             with autograd_allowed() as normal:
-                guided = self._guide(calls, [normal(pred_cond), normal(pred_uncond)])
+                guided = self._guide(calls, [normal(prediction) for prediction in pair])
         return GuiderOutput(pred=guided, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _guide(self, calls: list[Call], pair: list[Tensor]) -> Tensor:
-        if len(calls) != 2:
+        if len(calls) != len(pair):
             raise NotImplementedError(
                 f"{type(self).__name__} saw {len(calls)} calls of the denoiser between "
-                "prepare_models and cleanup_models, expected one for each of the two branches"
+                "prepare_models and cleanup_models, expected one for each branch: "
+                f"{len(pair)}"
             )
         reading = read_level(self._reader, self._timestep, calls[0], self._unit_time)
         if self._reader is not None and not getattr(self.rule, "commutes", False):
@@ -234,11 +243,11 @@ class RuleGuider(BaseGuidance):
 _MOVES = "moves the noisy sample, which a guider cannot do; use steer(pipe, rule)"
 
 
-def _needs_pair(rule: Any) -> bool:
+def _does_nothing(rule: Any) -> bool:
     if isinstance(rule, GuidanceInterval):
-        return _needs_pair(rule.rule)
+        return _does_nothing(rule.rule)
     known = isinstance(rule, (ClassifierFreeGuidance, AdaptiveProjectedGuidance))
-    return not (known and rule.scale == 1)
+    return known and rule.scale == 1
 
 
 @contextmanager

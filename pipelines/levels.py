@@ -14,6 +14,7 @@ A scheduler of your own joins by a method ``noise_level(timestep) -> (Kind, Leve
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ KINDS = {
 }
 _FLOW = ("FlowMatchEuler", "FlowMatchHeun", "FlowMatchLCM", "LTXEulerAncestralRF")
 _VP_WITH_SIGMAS = ("LCMScheduler", "TCDScheduler")
+_STOCHASTIC = ("Ancestral", "DDPM", "SDE", "SASolver", "LCM", "TCD", "UnCLIP")
 _REFUSED = ("DDIMInverse", "DPMSolverMultistepInverse", "ConsistencyModel", "CMStochastic", "SCM")
 
 
@@ -136,6 +138,24 @@ class LevelReader:
         after = s.step_index + 1
         return self._level_at(sigmas[after]) if after < len(sigmas) else None
 
+    def remaining(self, timestep: Tensor | float) -> Tensor | None:
+        """The noise-to-signal ratios of this step and the later ones, (n,); call after ``read``.
+
+        None where the scheduler keeps no table of them.
+        """
+        s = self.scheduler
+        if callable(getattr(s, "noise_level", None)) or hasattr(s, "_alpha_cumprod"):
+            return None
+        if hasattr(s, "alphas_cumprod") and self._tabled():
+            times = self.table("timesteps")
+            here = (times == _flat(timestep)).nonzero()
+            left = times[int(here[0]) :].long() if len(here) else None
+            return None if left is None else Level.vp(self.table("alphas_cumprod")[left]).ratio
+        if getattr(s, "sigmas", None) is None or s.step_index is None:
+            return None
+        sigmas = self.table("sigmas")
+        return self._level_at(sigmas[s.step_index : max(len(sigmas) - 1, s.step_index + 1)]).ratio
+
     def _tabled(self) -> bool:
         """Whether levels are looked up by timestep in ``alphas_cumprod``."""
         s = self.scheduler
@@ -202,6 +222,17 @@ def _unknown(scheduler: Any) -> str:
         f"steer does not know the noise levels of {type(scheduler).__name__}. Use a DDPM/DDIM, "
         "DPM-Solver, UniPC, Euler, Heun, LCM, EDM or FlowMatch scheduler, or give yours a "
         "method noise_level(timestep) that returns (Kind, Level)"
+    )
+
+
+def adds_noise(scheduler: Any, options: Mapping[str, Any]) -> bool:
+    """Whether ``scheduler.step(..., **options)`` draws noise, as far as its class name tells."""
+    config = scheduler.config
+    return (
+        any(part in type(scheduler).__name__ for part in _STOCHASTIC)
+        or str(config.get("algorithm_type", "")).startswith("sde-")
+        or bool(config.get("stochastic_sampling", False))
+        or any(float(options.get(name) or 0) > 0 for name in ("eta", "s_churn"))
     )
 
 

@@ -21,7 +21,7 @@ from ..core.step import Guidance
 from .apply import Applied, apply_rule, autograd_allowed
 from .families import check_supported
 from .intercept import Arguments, Interception
-from .levels import LevelReader, Reading, solver_stage, solver_steps
+from .levels import LevelReader, Reading, adds_noise, solver_stage, solver_steps
 from .observe import Recorder
 from .predictions import DOUBLED, SINGLE, Predictions, is_doubled, layout_of
 from .trajectory import StepRecord, Trajectory
@@ -146,7 +146,7 @@ class Steering(AbstractContextManager["Steering"]):
                 "which steer cannot express"
             )
         timestep = arguments["timestep"]
-        reading = self._advance(timestep)
+        reading = self._advance(timestep, arguments.kwargs)
         with autograd_allowed() as normal:
             output, sample = normal(arguments["model_output"]), normal(arguments["sample"])
             seen = self._predictions(output, sample, reading, timestep)
@@ -157,12 +157,14 @@ class Steering(AbstractContextManager["Steering"]):
             arguments["sample"] = applied.sample
         return real(*arguments.args, **arguments.kwargs)
 
-    def _advance(self, timestep: Any) -> Reading:
+    def _advance(self, timestep: Any, options: Mapping[str, Any]) -> Reading:
         """Read the noise level and count the solver's steps, before the scheduler moves on."""
         reading, now = self._reader.read(timestep), self._now
         now.stage = solver_stage(self._scheduler)
+        now.ratios = self._reader.remaining(timestep) if now.index < 0 else None
         if now.index < 0:
             now.count = solver_steps(self._reader, timestep)
+            now.stochastic = adds_noise(self._scheduler, options)
         if now.index < 0 or now.stage == 0:
             now.index += 1
         if not getattr(self.rule, "commutes", False):

@@ -46,6 +46,8 @@ class Trajectory:
         stage: which evaluation of that step.
         count: solver steps of this run.
         following: the level the step leads to, or None where that is not known.
+        ratios: those of all steps of the run, at its first step, see ``Step.ratios``; else None.
+        stochastic: whether the solver adds noise.
         verdicts: order and sign, by layout, once verified.
         attempts: how often verification was tried.
         doubled: whether the scheduler is given every sample twice; None before the first step.
@@ -58,6 +60,8 @@ class Trajectory:
     stage: int = 0
     count: int = 1
     following: Level | None = None
+    ratios: Tensor | None = None
+    stochastic: bool = False
     verdicts: dict[str, tuple[str, int]] = field(default_factory=dict)
     attempts: int = 0
     doubled: bool | None = None

@@ -133,11 +133,17 @@ def test_a_fresh_memory_for_every_run_and_none_of_the_other() -> None:
 
 def test_an_interval_leaves_the_conditional_prediction_outside() -> None:
     tiny = shared("sd3")
-    with steer(tiny.pipe, GuidanceInterval(ClassifierFreeGuidance(SCALE), high=1e-6)):
-        off = tiny.call()
-    with steer(tiny.pipe, ClassifierFreeGuidance(1.0)):
+    with steer(tiny.pipe, ClassifierFreeGuidance(1.0)) as run:
         conditional = tiny.call()
-    assert torch.equal(off, conditional)
+    between = sum(record.ratio for record in run.steps[1:3]) / 2
+    early = GuidanceInterval(ClassifierFreeGuidance(SCALE), low=between)
+    with steer(tiny.pipe, early, keep=True) as run:
+        assert not torch.equal(tiny.call(), conditional)
+    as_cond = [close(record.denoised, record.step.cond, 1e-5) for record in run.steps]
+    assert as_cond == [False, False, *[True] * (STEPS - 2)]
+    with pytest.raises(ValueError, match="no step of this run"):
+        with steer(tiny.pipe, GuidanceInterval(ClassifierFreeGuidance(SCALE), high=1e-6)):
+            tiny.call()
     assert close(tiny.call(guidance_scale=1.0), conditional, 1e-5)
 
 
