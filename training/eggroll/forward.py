@@ -149,19 +149,20 @@ def _site(
 @contextmanager
 def _swapped(layers: Mapping[str, Layer], sites: Mapping[str, Site]) -> Iterator[None]:
     """Give the layers their low-rank class, and afterwards their own again."""
-    before: list[tuple[nn.Module, type[nn.Module]]] = []
+    before: list[tuple[Any, type[nn.Module]]] = []
     try:
         for name, layer in layers.items():
             module: Any = layer.module
             if hasattr(module, "_eggroll"):
                 raise ValueError(f"{name} is already perturbed: contexts cannot be nested")
-            before.append((module, type(module)))
+            kind: type[nn.Module] = type(module)
+            before.append((module, kind))
             module._eggroll = sites[name]
-            module.__class__ = lowrank_class(type(module))
+            module.__class__ = lowrank_class(kind)
         yield
     finally:
         for module, kind in before:
-            module.__class__ = kind  # type: ignore[assignment]
+            module.__class__ = kind
             del module._eggroll
 
 
@@ -222,7 +223,7 @@ def _refuse_idle(layout: Layout, sites: Mapping[str, Site]) -> None:
 def _explicit_weights(
     member: int, layers: Mapping[str, Layer], noise: NoiseFormat, step: int, sigma: float
 ) -> Iterator[None]:
-    before: list[tuple[nn.Parameter, Tensor]] = []
+    before: list[tuple[Tensor, Tensor]] = []
     try:
         for layer in layers.values():
             deltas = member_deltas(layer, member, noise, step, sigma)

@@ -45,7 +45,7 @@ class Layer:
         """Inputs of one output, n."""
         return self.module.weight[0].numel()
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, parameter) of what evolves: the weight and, with ``bias``, the bias."""
         yield f"{self.name}.weight", self.module.weight
         if self.bias and self.module.bias is not None:
