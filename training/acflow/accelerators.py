@@ -1,0 +1,29 @@
+"""The accelerator that a fine-tuning run makes for itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .config import ACFlowConfig
+
+__all__ = ["make_accelerator"]
+
+
+def make_accelerator(config: ACFlowConfig, out: Path) -> Any:
+    """An ``accelerate.Accelerator`` with the trackers that the config names."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    # The last block of some transformers computes tokens that nothing reads: their adapters get no
+    # gradient, which DDP must be told. Autocast is around the denoiser alone, see `autocasting`.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=config.log_with or None,
+        project_dir=str(out),
+        kwargs_handlers=[unused],
+    )
+    if config.log_with:
+        accelerator.init_trackers("diffsteer-acflow", config=asdict(config))
+    return accelerator
