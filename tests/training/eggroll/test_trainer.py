@@ -42,8 +42,8 @@ def test_the_mean_parameters_improve_without_any_gradient(tmp_path: Path) -> Non
     assert lines[-1]["reward/it"] > lines[0]["reward/it"] + lines[0]["reward/it_std"]
     assert "held_out/size" in lines[0]
     assert all(not weight.requires_grad or weight.grad is None for weight in parameters(run))
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.width > 2 * 96 and grid.height > 2 * 96
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 2 * 96 and grid.height > 2 * 96
     assert (tmp_path / "previews" / "step-000005.png").exists()
 
 
@@ -167,7 +167,7 @@ def test_damage_in_the_middle_of_a_log_is_named(tmp_path: Path) -> None:
         return make_eggroll(tiny_pipeline().transformer, config)
 
     log.write_text("".join([*lines[:2], lines[2][:30] + "\n", *lines[3:]]))
-    with pytest.raises(CheckpointError, match="line 3 of .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"line 3 of .* is damaged"):
         replay(fresh(), log)
     log.write_text("".join([*lines[:2], *lines[3:]]))
     with pytest.raises(CheckpointError, match="no generation 1, only 2"):
@@ -188,7 +188,7 @@ def test_another_run_in_the_folder_is_not_touched(tmp_path: Path) -> None:
     with torch.no_grad():
         next(other.transformer.parameters()).add_(0.1)
         other.transformer.transformer_blocks[0].attn1.to_q.weight.add_(0.1)
-    with pytest.raises(ValueError, match="began with other weights|base_hash"):
+    with pytest.raises(ValueError, match=r"began with other weights|base_hash"):
         trainer(tmp_path, optimizer="adam", lr=0.01, pipe=other)
     with pytest.raises(ValueError, match="allow_change names 'sigmas'"):
         trainer(tmp_path, optimizer="adam", lr=0.01, allow_change=("sigmas",))
