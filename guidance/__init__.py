@@ -11,7 +11,12 @@ from .elucd import calibrated_energy as calibrated_energy
 from .elucd import smooth_activations as smooth_activations
 from .gfcg import GradientFreeClassifierGuidance as GradientFreeClassifierGuidance
 from .interval import GuidanceInterval as GuidanceInterval
+from .label_check import LabelCheck as LabelCheck
+from .label_check import check_label_map as check_label_map
+from .labels import MergedClasses as MergedClasses
+from .labels import match_classes as match_classes
 from .presets import APG_PRESETS as APG_PRESETS
+from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset
 from .schedule import CosineScale as CosineScale
 from .schedule import LinearScale as LinearScale
@@ -20,6 +25,7 @@ from .schedule import parse_scale as parse_scale
 
 __all__ = [
     "APG_PRESETS",
+    "PRESETS",
     "AdaptiveProjectedGuidance",
     "AutoGuidance",
     "CalibratedClassifierGuidance",
@@ -27,13 +33,17 @@ __all__ = [
     "CosineScale",
     "GradientFreeClassifierGuidance",
     "GuidanceInterval",
+    "LabelCheck",
     "LinearScale",
     "ManifoldProjectedGuidance",
+    "MergedClasses",
     "Preset",
     "ScaleSchedule",
     "adaptive_projected",
     "calibrated_energy",
+    "check_label_map",
     "classifier_free",
+    "match_classes",
     "parse_scale",
     "rules",
     "smooth_activations",
