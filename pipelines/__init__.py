@@ -30,6 +30,8 @@ from .sweep_budget import at_budget as at_budget
 from .sweep_cost import PointCost as PointCost
 from .sweep_cost import point_cost as point_cost
 from .sweep_point import SweepPoint as SweepPoint
+from .trace import TraceStep as TraceStep
+from .trace import trace_rule as trace_rule
 from .trajectory import StepRecord as StepRecord
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Steering",
     "StepRecord",
     "SweepPoint",
+    "TraceStep",
     "at_budget",
     "attach",
     "class_table",
@@ -64,4 +67,5 @@ __all__ = [
     "run_sweep",
     "steer",
     "takes_classes",
+    "trace_rule",
 ]

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..eval.cache import FeatureCache
 from ..eval.report import EvalResult, read_result
 from ..eval.run import Reading, evaluate, set_reference
 from ..eval.suite import EvalSuite
@@ -52,6 +53,7 @@ def run_sweep(
     suite: EvalSuite | None = None,
     reference: str | Path | None = None,
     reading: Reading | None = None,
+    cache: FeatureCache | None = None,
     weak: Any = None,
     batch_size: int = 16,
     config: dict[str, Any] | None = None,
@@ -74,6 +76,7 @@ def run_sweep(
         reference: real images or statistics, see ``eval.evaluate``; None is the embedded CIFAR-10
             test set.
         reading: how images are read.
+        cache: keeps extracted features, for whoever looks at the points again.
         weak: a second model, see ``steer``.
         batch_size: images a call; changes no image.
         config: what else decides how images look, e.g. the model's name.
@@ -93,7 +96,7 @@ def run_sweep(
     main = state is None or state.is_main_process
     shared = _Shared(
         pipe, list(requests), Path(out), suite or EvalSuite(), reading or Reading(), weak,
-        batch_size, config or {}, call or {}, state, _fingerprint(reference),
+        batch_size, config or {}, call or {}, state, _fingerprint(reference), cache,
     )  # fmt: skip
     known = {point.name: None if overwrite else shared.known(point) for point in points}
     costs = {name: found.cost for name, found in known.items() if found is not None}
@@ -144,6 +147,7 @@ class _Shared:
     call: dict[str, Any]
     state: Any
     reference: str
+    cache: FeatureCache | None
 
     def folder(self, point: SweepPoint) -> Path:
         return self.out / "points" / point.name
@@ -220,7 +224,7 @@ class _Shared:
 
     def score(self, point: SweepPoint, cost: PointCost) -> EvalResult:
         folder = self.folder(point)
-        result = evaluate(folder, suite=self.suite, reading=self.reading)
+        result = evaluate(folder, suite=self.suite, reading=self.reading, cache=self.cache)
         if self.state is None or self.state.is_main_process:
             record = {
                 "format": FORMAT,

@@ -95,7 +95,9 @@ def points_of(groups: Sequence[Group], **defaults: Any) -> list[SweepPoint]:
 
 
 def _point(method: str, chosen: dict[str, str], defaults: dict[str, Any]) -> SweepPoint:
-    name = _join([method, *(f"{key}={text}" for key, text in chosen.items())])
+    last = {key: chosen[key] for key in ("steps",) if key in chosen}
+    shown = {**{key: text for key, text in chosen.items() if key != "steps"}, **last}
+    name = _join([method, *(f"{key}={text}" for key, text in shown.items())])
     options = {key: text for key, text in chosen.items() if key not in OUTSIDE}
     if method == "none":
         extra = [key for key in chosen if key != "steps"]
