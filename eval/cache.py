@@ -7,14 +7,15 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
-from .features import FeatureSet
+from .features import COLUMNS, FeatureSet
 
 
 def default_cache_folder() -> Path:
@@ -29,10 +30,31 @@ class FeatureCache:
     Args:
         folder: where; made on first writing.
         limit: bytes that it may take.
+        verify: key images by the bytes of every file instead of their sizes and times: slower, and
+            right even where files change without either.
     """
 
-    def __init__(self, folder: Path | None = None, *, limit: int = 20 * 2**30) -> None:
-        self.folder, self.limit = folder or default_cache_folder(), limit
+    def __init__(
+        self, folder: Path | None = None, *, limit: int = 20 * 2**30, verify: bool = False
+    ) -> None:
+        self.folder, self.limit, self.verify = folder or default_cache_folder(), limit, verify
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Only one process at a time is inside for a key; the others wait.
+
+        The system drops the lock of a process that ends, however it ends. Where there is no such
+        lock (Windows, some network disks), two processes may extract the same features; the files
+        stay whole.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f".{key}.lock"
+        with path.open("w") as file:
+            _wait_for(file)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     @staticmethod
     def key(*parts: str | Sequence[int]) -> str:
@@ -52,7 +74,7 @@ class FeatureCache:
                 note = json.loads(str(stored["note"][()]))
             found = FeatureSet(
                 {name[4:]: array for name, array in arrays.items() if name.startswith("tap/")},
-                *(arrays[name] for name in ("keys", "labels", "index", "colour")),
+                *(arrays[name] for name in COLUMNS),
             )
             os.utime(path)
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
@@ -63,7 +85,7 @@ class FeatureCache:
         """Store under ``key``: written aside and renamed, so readers see all of it or nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {f"tap/{n}": t.numpy() for n, t in features.taps.items()}
-        for name in ("keys", "labels", "index", "colour"):
+        for name in COLUMNS:
             arrays[name] = getattr(features, name).numpy()
         handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
         try:
@@ -90,3 +112,12 @@ class FeatureCache:
             if path.name != keep:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _wait_for(file: IO[str]) -> None:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        return

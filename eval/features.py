@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 from .colour import ColourStats, colour_stats
 from .content import canonical_order, content_keys
 from .extractors import Extractor
+from .scorers import Scorer
+
+# The columns of a feature set beside its taps.
+COLUMNS = ("keys", "labels", "index", "colour", "prompts")
+
+
+def _no_numbers() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -18,28 +27,38 @@ class FeatureSet:
     """Per-sample values of N samples; sets add, and a canonical order makes them order-free.
 
     Args:
-        taps: by "space/tap" (tap: features, logits or spatial), shape (N, d), float32.
+        taps: by "space/tap" (tap: features, logits, spatial or score), shape (N, d).
         keys: shape (N,), int64, the content of each sample (see ``content``).
         labels: shape (N,), int64, -1 where unknown.
         index: shape (N,), int64, the caller's number for each sample, -1 where not given.
         colour: shape (N, 3): saturation, contrast, clipped share; NaN where unknown.
+        prompts: shape (N,), int64, a hash of each sample's prompt, -1 where there is none.
     """
 
     taps: dict[str, Tensor] = field(default_factory=dict)
-    keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    keys: Tensor = field(default_factory=_no_numbers)
+    labels: Tensor = field(default_factory=_no_numbers)
+    index: Tensor = field(default_factory=_no_numbers)
     colour: Tensor = field(default_factory=lambda: torch.empty(0, 3))
+    prompts: Tensor = field(default_factory=_no_numbers)
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def columns(self) -> list[Tensor]:
+        """The values beside the taps, in the order of ``COLUMNS``."""
+        return [getattr(self, name) for name in COLUMNS]
+
     def rows(self, which: Tensor) -> FeatureSet:
         """The samples that ``which`` picks: indices or a mask, (M,) or (N,)."""
         taps = {name: tap[which] for name, tap in self.taps.items()}
-        return FeatureSet(
-            taps, self.keys[which], self.labels[which], self.index[which], self.colour[which]
-        )
+        return FeatureSet(taps, *(column[which] for column in self.columns))
+
+    def only(self, names: Collection[str]) -> FeatureSet:
+        """The same samples with the taps of these names ("features", "logits", ...) alone."""
+        taps = {n: tap for n, tap in self.taps.items() if n.rpartition("/")[2] in names}
+        return replace(self, taps=taps)
 
     def canonical(self) -> FeatureSet:
         """The same samples in the order of their content, without repeats of an index.
@@ -52,8 +71,9 @@ class FeatureSet:
         if len(self) > 1:
             first[1:] = (ordered.index[1:] != ordered.index[:-1]) | (ordered.index[1:] < 0)
         ordered = ordered.rows(first)
-        # Labels break ties between copies: a copy asked to show another class is another sample.
-        ordered = ordered.rows(torch.argsort(ordered.labels, stable=True))
+        # Ties between copies: one that was asked to show another class is another sample.
+        for column in (ordered.prompts, ordered.labels):
+            ordered = ordered.rows(torch.argsort(column, stable=True))
         return ordered.rows(canonical_order(ordered.keys))
 
     @classmethod
@@ -61,7 +81,7 @@ class FeatureSet:
         """All samples of ``parts``, in their order; empty parts are welcome.
 
         Raises:
-            ValueError: if two parts were made with different extractors.
+            ValueError: if two parts were made with different extractors or scorers.
         """
         filled = [part for part in parts if len(part)]
         if not filled:
@@ -74,10 +94,7 @@ class FeatureSet:
                 )
         return cls(
             {name: torch.cat([part.taps[name] for part in filled]) for name in names},
-            torch.cat([part.keys for part in filled]),
-            torch.cat([part.labels for part in filled]),
-            torch.cat([part.index for part in filled]),
-            torch.cat([part.colour for part in filled]),
+            *(torch.cat(columns) for columns in zip(*(p.columns for p in filled), strict=True)),
         )
 
 
@@ -87,6 +104,8 @@ def extract(
     *,
     labels: Tensor | None = None,
     index: Tensor | None = None,
+    prompts: Sequence[str] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
 ) -> FeatureSet:
     """One forward pass of each extractor over uint8 images, and everything else that is measured.
 
@@ -95,14 +114,18 @@ def extract(
         extractors: each runs once.
         labels: shape (B,), integer; -1 for unknown.
         index: shape (B,), integer numbers of the samples; repeats are counted once.
+        prompts: what each image was asked to show.
+        scorers: by name; they run where there are prompts.
 
     Raises:
-        ValueError: if labels or index do not fit the images.
+        ValueError: if labels, index, prompts or a scorer's values do not fit the images.
     """
     count = len(images)
     for name, given in (("labels", labels), ("index", index)):
         if given is not None and given.shape != (count,):
             raise ValueError(f"{name} must have shape ({count},), got {tuple(given.shape)}")
+    if prompts is not None and len(prompts) != count:
+        raise ValueError(f"prompts must be one an image, {count}, got {len(prompts)}")
     unknown = torch.full((count,), -1, dtype=torch.int64)
     taps = {}
     for extractor in extractors:
@@ -111,13 +134,33 @@ def extract(
             value = getattr(found, tap)
             if value is not None:
                 taps[f"{extractor.space}/{tap}"] = value
+    for name, scorer in (scorers or {}).items() if prompts is not None else ():
+        taps[f"{name}/score"] = _scored(name, scorer, images, prompts or ())
     return FeatureSet(
         taps,
         content_keys(images),
         unknown if labels is None else labels.cpu().to(torch.int64),
         unknown if index is None else index.cpu().to(torch.int64),
         _colour(images),
+        unknown if prompts is None else torch.tensor([_hash(prompt) for prompt in prompts]),
     )
+
+
+def _scored(
+    name: str, scorer: Scorer, images: Tensor | list[Tensor], prompts: Sequence[str]
+) -> Tensor:
+    values = torch.as_tensor(scorer(images, prompts)).detach().float().cpu()
+    if values.shape != (len(images),):
+        raise ValueError(
+            f"the scorer {name!r} must give one value an image, shape ({len(images)},), got "
+            f"{tuple(values.shape)}"
+        )
+    return values[:, None]
+
+
+def _hash(prompt: str) -> int:
+    """63 bits of a prompt: the same in every process, unlike ``hash``."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") >> 1
 
 
 def _colour(images: Tensor | list[Tensor]) -> Tensor:

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import torch
 
+from .extractors import Extractor
 from .features import FeatureSet
 from .reference import Reference
 from .settings import Settings
 
 
-def findings(fake: FeatureSet, reference: Reference, settings: Settings) -> list[str]:
+def findings(
+    fake: FeatureSet, reference: Reference, settings: Settings, extractor: Extractor
+) -> list[str]:
     """Warnings about the samples themselves, each once, in words for the user."""
     return [
-        *_counts(fake, reference, settings),
+        *_counts(fake, reference, settings, extractor.space),
         *_copies(fake, reference),
         *_flatness(fake),
         *_balance(fake, reference),
     ]
 
 
-def _counts(fake: FeatureSet, reference: Reference, settings: Settings) -> list[str]:
+def _counts(fake: FeatureSet, reference: Reference, settings: Settings, space: str) -> list[str]:
     found = []
     if settings.samples is not None and len(fake) < min(settings.samples, 10_000):
         found.append(
             f"{len(fake)} samples, where the {settings.protocol} protocol has {settings.samples}: "
             "distances are larger at smaller N, so compare at equal N only"
         )
-    real = len(reference.keys())
+    real = reference.count(space)
     if real and real != len(fake):
         found.append(f"{len(fake)} generated against {real} real samples; distances depend on both")
     return found
@@ -61,7 +64,7 @@ def _balance(fake: FeatureSet, reference: Reference) -> list[str]:
     if len(labels) == 0 or bool((labels < 0).any()):
         return []
     counts = torch.bincount(labels).double()
-    real = None if reference.samples is None else reference.samples.labels
+    real = reference.labels
     if real is not None and len(real) and bool((real >= 0).all()):
         size = max(len(counts), int(real.max()) + 1)
         share = torch.bincount(labels, minlength=size).double() / len(labels)

@@ -45,6 +45,20 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.names)
 
+    def content(self) -> str:
+        """A digest of the names and of every byte of every image: ``fingerprint`` without trust."""
+        digest = hashlib.sha256()
+        for index, name in enumerate(self.names):
+            try:
+                data = self.read(index)
+                raw = data.read_bytes() if isinstance(data, Path) else data
+            except OSError as error:
+                raise ImageError(f"cannot read image {name} of {self.where}: {error}") from error
+            raw = raw.numpy().tobytes() if isinstance(raw, Tensor) else raw
+            digest.update(f"{name}\0{len(raw)}\0".encode())
+            digest.update(raw)
+        return digest.hexdigest()
+
     def image(self, index: int, *, alpha: Alpha = "white") -> Tensor:
         """Image ``index`` as uint8, shape (3, H, W).
 

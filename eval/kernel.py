@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,9 +92,11 @@ def kernel_distance_subsets(
         fake: shape (M, d).
         subsets: number of subsets.
         subset_size: rows drawn without replacement from each side.
-        seed: of a private ``numpy.random.RandomState``; no global state is read or changed.
-        convention: whose index stream: "torch-fidelity" draws the fake subset first, "clean-fid"
-            (and dgm-eval) the real one; the estimator is the same.
+        seed: of a private generator; no global state is read or changed.
+        convention: whose index stream; the estimator is the same. "torch-fidelity" (fake subset
+            first) and "clean-fid" (and dgm-eval: real first) draw by
+            ``numpy.random.RandomState.choice``, "torchmetrics" by ``torch.randperm``, real first;
+            "k-diffusion" draws nothing: ``subset_size`` is the size at most of contiguous blocks.
 
     Returns:
         Mean and population standard deviation over the subsets.
@@ -102,23 +105,48 @@ def kernel_distance_subsets(
         ValueError: if ``subset_size`` is above either sample count, or the convention is unknown.
     """
     real, fake = _check_pair(real, fake)
-    if subset_size > min(len(real), len(fake)) or subset_size < 2:
+    if subset_size < 2 or (convention != "k-diffusion" and subset_size > min(len(real), len(fake))):
         raise ValueError(
             f"subset_size must be between 2 and the smaller sample count, got {subset_size} with "
             f"{len(real)} real and {len(fake)} fake samples"
         )
-    if convention not in ("torch-fidelity", "clean-fid"):
-        raise ValueError(f"convention must be 'torch-fidelity' or 'clean-fid', got {convention!r}")
-    random = np.random.RandomState(seed)
-    pair = (fake, real) if convention == "torch-fidelity" else (real, fake)
-    values = []
-    for _ in range(subsets):
-        x, y = (
-            side[torch.from_numpy(random.choice(len(side), subset_size, replace=False))]
-            for side in pair
+    if convention not in ("torch-fidelity", "clean-fid", "torchmetrics", "k-diffusion"):
+        raise ValueError(
+            "convention must be 'torch-fidelity', 'clean-fid', 'torchmetrics' or 'k-diffusion', "
+            f"got {convention!r}"
         )
-        values.append(kernel_distance(x, y, blocks=1).value)
+    values = [
+        kernel_distance(real[rows], fake[others], blocks=1).value
+        for rows, others in _subsets(len(real), len(fake), subsets, subset_size, seed, convention)
+    ]
     return Estimate(float(np.mean(values)), float(np.std(values)))
+
+
+def _subsets(
+    n: int, m: int, subsets: int, size: int, seed: int, convention: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Indices of the real and of the fake subset, one pair after the other."""
+    if convention == "k-diffusion":
+        parts = -(-max(n, m) // size)
+        for i in range(parts):
+            yield (
+                torch.arange(round(i * n / parts), round((i + 1) * n / parts)),
+                torch.arange(round(i * m / parts), round((i + 1) * m / parts)),
+            )
+        return
+    if convention == "torchmetrics":
+        permuting = torch.Generator().manual_seed(seed)
+        for _ in range(subsets):
+            rows = torch.randperm(n, generator=permuting)[:size]
+            yield rows, torch.randperm(m, generator=permuting)[:size]
+        return
+    random = np.random.RandomState(seed)
+    order = (m, n) if convention == "torch-fidelity" else (n, m)
+    for _ in range(subsets):
+        first, second = (
+            torch.from_numpy(random.choice(count, size, replace=False)) for count in order
+        )
+        yield (second, first) if convention == "torch-fidelity" else (first, second)
 
 
 def _block_sums(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .images import ImageSource
-from .runs import labels_of, read_run
+from .runs import read_run, values_of
 
 
 def find_labels(
@@ -31,7 +31,7 @@ def find_labels(
     if how is None:
         if source.labels is not None:
             return source.labels
-        from_run = labels_of(read_run(source.where))
+        from_run = values_of(read_run(source.where), "label")
         if from_run:
             return _assign(source, from_run, class_names, f"{source.where}/run.json")
         folders = {Path(name).parent.name for name in source.names}
@@ -71,15 +71,25 @@ def _from_folders(source: ImageSource, class_names: tuple[str, ...]) -> Tensor:
 def _assign(
     source: ImageSource, by_file: dict[str, Any], class_names: tuple[str, ...], where: str
 ) -> Tensor:
+    found = match_files(source, by_file, where, "label")
+    return torch.tensor([_number(v, class_names, where) for v in found], dtype=torch.int64)
+
+
+def match_files(source: ImageSource, by_file: dict[str, Any], where: str, what: str) -> list[Any]:
+    """The value of each image of ``source``, by its path or, where those differ, its file name.
+
+    Raises:
+        ValueError: if an image has none.
+    """
     short = {Path(name).name: value for name, value in by_file.items()}
     unique = len(short) == len(by_file)
-    labels = []
+    found = []
     for name in source.names:
         value = by_file.get(name, short.get(Path(name).name) if unique else None)
         if value is None:
-            raise ValueError(f"{where} gives no label for {name} of {source.where}")
-        labels.append(_number(value, class_names, where))
-    return torch.tensor(labels, dtype=torch.int64)
+            raise ValueError(f"{where} gives no {what} for {name} of {source.where}")
+        found.append(value)
+    return found
 
 
 def _number(value: Any, class_names: tuple[str, ...], where: str) -> int:

@@ -7,7 +7,6 @@ or concatenation, so uneven and empty ranks are right.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -68,11 +67,13 @@ class FrechetDistance(_Features):
     """
 
     higher_is_better = False
+    real_sums: Tensor
+    fake_sums: Tensor
 
     def __init__(self, dim: int, extractor: Extractor | None = None, **options: Any) -> None:
         super().__init__(extractor, **options)
         for side in ("real", "fake"):
-            self.add_state(f"{side}_sums", _packed(Moments.zero(dim)), dist_reduce_fx=_add_packed)
+            self.add_state(f"{side}_sums", Moments.zero(dim).packed(), dist_reduce_fx=_add_packed)
         self.dim = dim
 
     def update(self, values: Tensor, *, real: bool) -> None:
@@ -81,12 +82,14 @@ class FrechetDistance(_Features):
         if found.dim != self.dim:
             raise ValueError(f"expected {self.dim} features, got {found.dim}")
         name = "real_sums" if real else "fake_sums"
-        sums = _unpacked(getattr(self, name)) + found
-        setattr(self, name, _packed(sums).to(self.device))
+        sums = Moments.unpacked(getattr(self, name).cpu()) + found
+        setattr(self, name, sums.packed().to(self.device))
 
     def compute(self) -> Tensor:
         """The distance as a float64 scalar."""
-        real, fake = (_unpacked(getattr(self, name)) for name in ("real_sums", "fake_sums"))
+        real, fake = (
+            Moments.unpacked(getattr(self, name).cpu()) for name in ("real_sums", "fake_sums")
+        )
         return torch.tensor(frechet_distance_of_moments(real, fake), dtype=torch.float64)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> FrechetDistance:
@@ -94,19 +97,9 @@ class FrechetDistance(_Features):
         return self
 
 
-def _packed(sums: Moments) -> Tensor:
-    """Count, mean and scatter as one float64 row: torchmetrics stacks the ranks' rows."""
-    return torch.cat([sums.mean.new_tensor([sums.count]), sums.mean, sums.scatter.flatten()])
-
-
-def _unpacked(row: Tensor) -> Moments:
-    row = row.cpu()
-    dim = round(math.sqrt(len(row) - 0.75) - 0.5)  # of 1 + d + d² numbers
-    return Moments(int(row[0]), row[1 : 1 + dim], row[1 + dim :].view(dim, dim))
-
-
 def _add_packed(rows: Tensor) -> Tensor:
-    return _packed(Moments.merge(_unpacked(row) for row in rows)).to(rows.device)
+    merged = Moments.merge(Moments.unpacked(row.cpu()) for row in rows)
+    return merged.packed().to(rows.device)
 
 
 class _Banks(_Features):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -79,6 +80,16 @@ class Moments:
         mean = self.mean + gap * (other.count / count)
         between = torch.outer(gap, gap) * (self.count * other.count / count)
         return Moments(count, mean, self.scatter + other.scatter + between)
+
+    def packed(self) -> Tensor:
+        """Count, mean and scatter as one float64 row, (1 + d + d²,), for collectives."""
+        return torch.cat([self.mean.new_tensor([self.count]), self.mean, self.scatter.flatten()])
+
+    @classmethod
+    def unpacked(cls, row: Tensor) -> Moments:
+        """The moments of a row of ``packed``."""
+        dim = round(math.sqrt(len(row) - 0.75) - 0.5)
+        return cls(int(row[0]), row[1 : 1 + dim], row[1 + dim :].view(dim, dim))
 
     @property
     def dim(self) -> int:

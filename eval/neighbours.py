@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .gather import Share
 from .moments import check_features
 
 # Safety factor on the rounding error of a dot product of d terms, about sqrt(d) units in the last
@@ -109,25 +110,44 @@ def tolerance(a: Points, b: Points) -> float:
     return (sums + 2 * factors) * (a.largest_norm + b.largest_norm)
 
 
-def tiles(a: Points, b: Points, chunk: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Approximate squared distances, tile by tile: (first row, first column, (R, C) float32)."""
-    for row in range(0, len(a), chunk):
-        x, x_norm = a.centred[row : row + chunk], a.norms[row : row + chunk, None]
+def tiles(
+    a: Points, b: Points, chunk: int, rows: range | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Approximate squared distances, tile by tile: (first row, first column, (R, C) float32).
+
+    ``rows`` are those of ``a`` that are wanted, a block; all by default.
+    """
+    rows = range(len(a)) if rows is None else rows
+    for row in rows[::chunk]:
+        last = min(row + chunk, rows.stop)
+        x, x_norm = a.centred[row:last], a.norms[row:last, None]
         for column in range(0, len(b), chunk):
             y, y_norm = b.centred[column : column + chunk], b.norms[column : column + chunk]
             yield row, column, torch.addmm(x_norm + y_norm, x, y.T, alpha=-2)
 
 
-def radii_squared(points: Points, k: int, *, chunk: int = 1024) -> Tensor:
+def radii_squared(
+    points: Points, k: int, *, chunk: int = 1024, share: Share | None = None
+) -> Tensor:
     """Exact squared distance of each row to its k-th nearest *other* row, shape (N,), float64.
+
+    Args:
+        points: N rows.
+        k: the neighbour.
+        chunk: rows at a time.
+        share: the part that this rank does; all ranks get the whole.
 
     Raises:
         ValueError: if there are not more than ``k`` rows.
     """
-    return _nearest(points, points, k, chunk, skip_self=True, only_last=True)[0][:, -1]
+    share = share or Share()
+    found, _ = _nearest(points, points, k, chunk, share, skip_self=True, only_last=True)
+    return share.total(found[:, -1])
 
 
-def nearest(a: Points, b: Points, k: int, *, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def nearest(
+    a: Points, b: Points, k: int, *, chunk: int = 1024, share: Share | None = None
+) -> tuple[Tensor, Tensor]:
     """Exact squared distances and indices of the k rows of ``b`` nearest to each row of ``a``.
 
     Args:
@@ -135,6 +155,7 @@ def nearest(a: Points, b: Points, k: int, *, chunk: int = 1024) -> tuple[Tensor,
         b: M rows.
         k: how many neighbours.
         chunk: rows of ``a`` at a time.
+        share: the part that this rank does; all ranks get the whole.
 
     Returns:
         (N, k) float64, ascending, and (N, k) int64. Ties go to any of the tied rows.
@@ -142,12 +163,15 @@ def nearest(a: Points, b: Points, k: int, *, chunk: int = 1024) -> tuple[Tensor,
     Raises:
         ValueError: if ``b`` has too few rows.
     """
-    return _nearest(a, b, k, chunk, skip_self=False, only_last=False)
+    share = share or Share()
+    found, index = _nearest(a, b, k, chunk, share, skip_self=False, only_last=False)
+    return share.total(found), share.total(index)
 
 
 def _nearest(
-    a: Points, b: Points, k: int, chunk: int, *, skip_self: bool, only_last: bool
+    a: Points, b: Points, k: int, chunk: int, share: Share, *, skip_self: bool, only_last: bool
 ) -> tuple[Tensor, Tensor]:
+    """Distances and indices for this rank's rows, zeros for the others."""
     available = len(b) - int(skip_self)
     if not 1 <= k <= available:
         raise ValueError(
@@ -155,10 +179,11 @@ def _nearest(
             "use more samples or a smaller k"
         )
     slack = tolerance(a, b)
-    distances = torch.empty(len(a), k, dtype=torch.float64, device=a.exact.device)
-    indices = torch.empty(len(a), k, dtype=torch.int64, device=a.exact.device)
-    for start in range(0, len(a), chunk):
-        rows = torch.arange(start, min(start + chunk, len(a)), device=a.exact.device)
+    distances = torch.zeros(len(a), k, dtype=torch.float64, device=a.exact.device)
+    indices = torch.zeros(len(a), k, dtype=torch.int64, device=a.exact.device)
+    mine = share.rows(len(a))
+    for start in mine[::chunk]:
+        rows = torch.arange(start, min(start + chunk, mine.stop), device=a.exact.device)
         rough, candidates = _candidates(a, b, rows, min(k + 8, available), skip_self)
         found, order = _exact_rows(a, rows, b, candidates, rough, k, slack, only_last)
         distances[rows], indices[rows] = found, candidates.gather(1, order)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .gather import Share
 from .neighbours import Points, exact_squared, pair_up, radii_squared, tiles, tolerance
 
 
@@ -36,6 +37,7 @@ def prdc(
     strict: bool = False,
     chunk: int = 1024,
     centre: bool = True,
+    share: Share | None = None,
 ) -> PRDC:
     """Precision, recall, density and coverage of ``fake`` against ``real``.
 
@@ -52,6 +54,8 @@ def prdc(
             paper, ADM, torch-fidelity). It matters only where samples repeat.
         chunk: rows and columns of a tile; changes speed and memory, never a count.
         centre: subtract the real mean from the float32 copies first. Distances do not change.
+        share: the part of the rows that this rank does, where all ranks hold the same features and
+            call this together; each gets the whole result, which no number of ranks changes.
 
     Raises:
         ValueError: if a side has not more than ``k`` samples, the widths differ, or a value is not
@@ -66,10 +70,11 @@ def prdc(
                 f"{len(side)} {name} samples; use more samples or a smaller k"
             )
     points_real, points_fake = pair_up(real, fake, centre=centre)
-    radius_real = radii_squared(points_real, k, chunk=chunk)
-    radius_fake = radii_squared(points_fake, k, chunk=chunk)
+    share = share or Share()
+    radius_real = radii_squared(points_real, k, chunk=chunk, share=share)
+    radius_fake = radii_squared(points_fake, k, chunk=chunk, share=share)
     balls, covered, recalled = _count(
-        points_real, points_fake, radius_real, radius_fake, strict, chunk
+        points_real, points_fake, radius_real, radius_fake, strict, chunk, share
     )
     return PRDC(
         precision=float((balls > 0).sum()) / len(fake),
@@ -90,6 +95,7 @@ def _count(
     radius_fake: Tensor,
     strict: bool,
     chunk: int,
+    share: Share,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Real balls around each fake; real balls that hold a fake; reals that lie in a fake ball."""
     device = real.exact.device
@@ -99,7 +105,7 @@ def _count(
     rough_real, rough_fake = radius_real.float(), radius_fake.float()
     # Casting a radius to float32 adds half a unit in its last place.
     slack = tolerance(real, fake) * 1.01
-    for row, column, tile in tiles(fake, real, chunk):
+    for row, column, tile in tiles(fake, real, chunk, share.rows(len(fake))):
         rows, columns = slice(row, row + len(tile)), slice(column, column + tile.shape[1])
         near_fake = tile - rough_fake[rows, None]
         near_real = tile.sub_(rough_real[columns])
@@ -113,7 +119,7 @@ def _count(
         balls[rows] += in_real.sum(1)
         covered[columns] |= in_real.any(0)
         recalled[columns] |= in_fake.any(0)
-    return balls, covered, recalled
+    return share.total(balls), share.anywhere(covered), share.anywhere(recalled)
 
 
 def _inside(distance: Tensor, radius: Tensor, strict: bool) -> Tensor:

@@ -22,11 +22,19 @@ _KNOWN_SIZES = {2048: "inception", 1024: "dinov2", 768: "clip"}
 
 @dataclass
 class Reference:
-    """Real samples as features (``samples``), as statistics by space, or both."""
+    """Real samples as features (``samples``), as statistics by space, or both.
+
+    Args:
+        samples: real samples whose rows are kept, in the order of content.
+        statistics: by space, from files.
+        every: all real samples, if only some rows are kept.
+        sums: moments of all real samples by "space/tap", if only some rows are kept.
+    """
 
     samples: FeatureSet | None = None
     statistics: dict[str, Statistics] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    every: FeatureSet | None = None
+    sums: dict[str, Moments] = field(default_factory=dict)
 
     def features(self, space: str) -> Tensor | None:
         """Rows in canonical order, (N, d), or None where only moments are known."""
@@ -35,6 +43,10 @@ class Reference:
         known = self.statistics.get(space)
         return None if known is None else known.features
 
+    def all_features(self, space: str) -> Tensor | None:
+        """The rows if they are those of every real sample, else None."""
+        return None if self.samples is None or self.sums else self.features(space)
+
     def gaussian_of(self, space: str, tap: str = "features") -> Statistics | None:
         """Mean and covariance in a space, or None where nothing is known of it."""
         known = self.statistics.get(space)
@@ -42,14 +54,31 @@ class Reference:
             return known
         if known is not None and tap == "spatial" and known.spatial is not None:
             return Statistics(*known.spatial, known.count, where=known.where)
+        sums = self.sums.get(f"{space}/{tap}")
         rows = None if self.samples is None else self.samples.taps.get(f"{space}/{tap}")
-        if rows is None or len(rows) < 2:
+        if sums is None and rows is not None and len(rows) > 1:
+            sums = Moments.of(rows)
+        if sums is None or sums.count < 2:
             return None
-        return Statistics.of_moments(Moments.of(rows), where="the reference images")
+        return Statistics.of_moments(sums, where="the reference images")
+
+    def count(self, space: str) -> int | None:
+        """How many real samples there are, or None where a file does not say."""
+        if len(self.keys()):
+            return len(self.keys())
+        known = self.statistics.get(space)
+        return None if known is None else known.count
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels of all real samples, None where unknown."""
+        known = self.every if self.every is not None else self.samples
+        return None if known is None else known.labels
 
     def keys(self) -> Tensor:
         """Content keys of the real samples, to find copies; empty where unknown."""
-        return torch.empty(0, dtype=torch.int64) if self.samples is None else self.samples.keys
+        known = self.every if self.every is not None else self.samples
+        return torch.empty(0, dtype=torch.int64) if known is None else known.keys
 
 
 def statistics_for(

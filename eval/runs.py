@@ -24,12 +24,12 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return run if isinstance(run, dict) else {}
 
 
-def labels_of(run: dict[str, Any]) -> dict[str, Any]:
-    """Label of each file, relative to the folder; empty where samples have none."""
+def values_of(run: dict[str, Any], what: str) -> dict[str, Any]:
+    """The "label" or "prompt" of each file, relative to the folder; empty where there are none."""
     images = run.get("images")
     if not isinstance(images, list):
         return {}
-    return {entry["file"]: entry["label"] for entry in images if entry.get("label") is not None}
+    return {entry["file"]: entry[what] for entry in images if entry.get(what) is not None}
 
 
 def incomplete(folder: str | Path) -> list[str]:

@@ -3,75 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from .accuracy import class_accuracy
+from .adm_float16 import prdc_adm_float16
 from .cmmd import cmmd
 from .colour import mean_and_stderr
 from .fd_infinity import fd_infinity
-from .features import FeatureSet
 from .frechet import frechet_distance_from_features, frechet_distance_to
 from .inception_score import inception_score
+from .inputs import CannotScore, Inputs
 from .kernel import kernel_distance, kernel_distance_subsets
 from .memorisation import authentic, realism
-from .moments import Moments
 from .prdc import PRDC, prdc
-from .reference import Reference
 from .report import Score
-from .settings import Settings
+from .scorers import Scorer
 from .vendi import mean_cosine_distance, vendi
-
-
-class CannotScore(Exception):
-    """The metric lacks something; the message says what, and the other metrics go on."""
-
-
-@dataclass
-class Inputs:
-    """What a metric may use: generated samples in canonical order, the reference, one space."""
-
-    fake: FeatureSet
-    reference: Reference
-    space: str
-    settings: Settings
-    primary: bool = True
-    classifies: bool = True
-    warnings: list[str] = field(default_factory=list)
-    per_class: dict[str, list[float]] = field(default_factory=dict)
-    neighbours: dict[int, PRDC] = field(default_factory=dict)
-
-    def tap(self, name: str = "features") -> Tensor:
-        """Generated rows of a tap, (N, d)."""
-        rows = self.fake.taps.get(f"{self.space}/{name}")
-        if rows is None:
-            raise CannotScore(f"the extractor of {self.space!r} gives no {name}")
-        return rows
-
-    def real(self) -> Tensor:
-        """Real feature rows, (M, d)."""
-        rows = self.reference.features(self.space)
-        if rows is None:
-            raise CannotScore(
-                "needs real features, and the reference holds only mean and covariance: pass real "
-                "images, or statistics written with --features"
-            )
-        return rows
-
-    def labels(self) -> Tensor:
-        """The classes that samples were conditioned on, (N,)."""
-        if len(self.fake) == 0 or bool((self.fake.labels < 0).any()):
-            raise CannotScore(
-                "needs the label of every sample: a run.json with labels, sub-folders named by "
-                "class, or --labels file.csv"
-            )
-        return self.fake.labels
-
-    def name(self, metric: str) -> str:
-        """The result's name: the first space has no suffix, others have theirs."""
-        return metric if self.primary else f"{metric}-{self.space}"
 
 
 def _distance_name(metric: str, space: str) -> str:
@@ -92,28 +40,27 @@ def sfid(given: Inputs) -> Iterator[Score]:
 
 
 def _frechet(given: Inputs, tap: str, metric: str) -> Iterator[Score]:
-    fake, known = given.tap(tap), given.reference.gaussian_of(given.space, tap)
+    sums, known = given.moments(tap), given.reference.gaussian_of(given.space, tap)
+    name, count, dim = _distance_name(metric, given.space), sums.count, sums.dim
     if known is None:
         raise CannotScore(f"the reference has no {tap} statistics in the space {given.space!r}")
-    if len(fake) < 2:
+    if count < 2:
         raise CannotScore("needs at least 2 samples")
-    count, dim = len(fake), fake.shape[1]
     if min(count, known.count or count) <= dim:
         real_count = known.count or "an unknown number of"
         given.warnings.append(
-            f"{_distance_name(metric, given.space)}: {count} generated and {real_count} real "
-            f"samples for {dim} features: the covariance is rank-deficient and the distance biased "
-            "upward; compare at equal N only, or use kid or fd_infinity"
+            f"{name}: {count} generated and {real_count} real samples for {dim} features: the "
+            "covariance is rank-deficient and the distance biased upward; compare at equal N only, "
+            "or use kid or fd_infinity"
         )
-    real = given.reference.features(given.space) if tap == "features" else None
-    # The reference's rows may be a part of what its moments were taken from.
-    whole = real is not None and given.reference.samples is not None
-    if real is not None and whole and max(count, len(real)) <= dim:
-        value = frechet_distance_from_features(real, fake)
+    rows = None if given.sums or tap != "features" else given.reference.all_features(given.space)
+    if rows is not None and max(count, len(rows)) <= dim:
+        value = frechet_distance_from_features(rows, given.tap(tap))
     else:
-        moments = Moments.of(fake)
-        value = frechet_distance_to(known.gaussian(), moments.mean, moments.covariance)
-    yield Score(_distance_name(metric, given.space), value, None, False, count)
+        value = frechet_distance_to(known.gaussian(), sums.mean, sums.covariance, rank=count - 1)
+    if value == 0:
+        given.warnings.append(f"{name}: zero to rounding error; are these the same images?")
+    yield Score(name, value, None, False, count)
 
 
 def fd_inf(given: Inputs) -> Iterator[Score]:
@@ -126,7 +73,7 @@ def fd_inf(given: Inputs) -> Iterator[Score]:
     except ValueError as error:
         raise CannotScore(str(error)) from error
     name = _distance_name("fd", given.space) + "-infinity"
-    yield Score(name, found.value, found.stderr, False, len(given.fake))
+    yield Score(name, found.value, found.stderr, False, len(given.tap()))
 
 
 def kid(given: Inputs) -> Iterator[Score]:
@@ -141,10 +88,9 @@ def kid(given: Inputs) -> Iterator[Score]:
         size = min(1000, len(real), len(fake))
         if size < 1000:
             given.warnings.append(f"kid-subsets: subsets of {size} instead of 1000 samples")
-        convention = "torch-fidelity" if settings.seed else "clean-fid"
         found = kernel_distance_subsets(
             real, fake, subsets=settings.kid_subsets, subset_size=size, seed=settings.seed,
-            convention=convention,
+            convention=settings.kid_convention,
         )  # fmt: skip
         yield Score(f"{name}-subsets", found.value, found.stderr, False, len(fake))
 
@@ -164,7 +110,12 @@ def _neighbours(given: Inputs) -> PRDC:
                 f"precision and recall compare {len(real)} real with {len(fake)} generated "
                 "samples; they depend on both counts"
             )
-        given.neighbours[settings.k] = prdc(real, fake, settings.k, strict=settings.strict)
+        if settings.distances == "adm-float16":
+            given.neighbours[settings.k] = prdc_adm_float16(real, fake, settings.k)
+        else:
+            given.neighbours[settings.k] = prdc(
+                real, fake, settings.k, strict=settings.strict, share=given.share
+            )
     return given.neighbours[settings.k]
 
 
@@ -223,30 +174,32 @@ def colour(given: Inputs) -> Iterator[Score]:
 def cmmd_score(given: Inputs) -> Iterator[Score]:
     """CMMD: Gaussian-kernel distance of unit features."""
     name = "cmmd" if given.space == "clip" else f"cmmd-{given.space}"
-    yield Score(name, cmmd(given.real(), given.tap()), None, False, len(given.fake))
+    fake = given.tap()
+    yield Score(name, cmmd(given.real(), fake), None, False, len(fake))
 
 
 def vendi_score(given: Inputs) -> Iterator[Score]:
     """Vendi score of the generated samples."""
-    yield Score(given.name("vendi"), vendi(given.tap()), None, True, len(given.fake))
+    fake = given.tap()
+    yield Score(given.name("vendi"), vendi(fake), None, True, len(fake))
 
 
 def diversity(given: Inputs) -> Iterator[Score]:
-    """Mean cosine distance of two samples of a class, or of all samples without labels."""
-    labels = given.fake.labels
-    groups = labels if bool((labels >= 0).all()) else None
+    """Mean cosine distance of two samples of a class, or of a prompt, or of all samples."""
+    held = given.fake if given.kept is None else given.kept
+    known = [ids for ids in (held.labels, held.prompts) if bool((ids >= 0).all())]
     try:
-        value = mean_cosine_distance(given.tap(), groups)
+        value = mean_cosine_distance(given.tap(), known[0] if known else None)
     except ValueError as error:
         raise CannotScore(str(error)) from error
-    yield Score(given.name("diversity"), value, None, True, len(given.fake))
+    yield Score(given.name("diversity"), value, None, True, len(held))
 
 
 def realism_score(given: Inputs) -> Iterator[Score]:
     """Mean realism."""
     if len(given.real()) <= given.settings.k:
         raise CannotScore(f"needs more than k = {given.settings.k} real samples")
-    scores = realism(given.real(), given.tap(), given.settings.k)
+    scores = realism(given.real(), given.tap(), given.settings.k, share=given.share)
     finite = scores[torch.isfinite(scores)]  # a copy of a real sample is infinitely real
     value, stderr = mean_and_stderr(finite)
     yield Score(given.name("realism"), value, stderr, True, len(finite))
@@ -256,8 +209,26 @@ def authpct(given: Inputs) -> Iterator[Score]:
     """Share of samples that are no copies, in percent."""
     if len(given.real()) < 2:
         raise CannotScore("needs at least 2 real samples")
-    value, stderr = mean_and_stderr(100 * authentic(given.real(), given.tap()).double())
-    yield Score(given.name("authpct"), value, stderr, True, len(given.fake))
+    genuine = authentic(given.real(), given.tap(), share=given.share)
+    value, stderr = mean_and_stderr(100 * genuine.double())
+    yield Score(given.name("authpct"), value, stderr, True, len(genuine))
+
+
+def scorer_score(given: Inputs, name: str, scorer: Scorer) -> Score:
+    """Mean of a scorer over samples with prompts; values that are not finite are left out."""
+    values = given.fake.taps.get(f"{name}/score")
+    if values is None:
+        raise CannotScore("needs the prompt of every sample: a run.json with prompts, or --prompts")
+    finite = values[torch.isfinite(values)]
+    if len(finite) < len(values):
+        given.warnings.append(f"{name}: no value for {len(values) - len(finite)} samples")
+    if len(finite) == 0:
+        raise CannotScore("the scorer gave no finite value")
+    cut = getattr(scorer, "truncated", 0)
+    if cut:
+        given.warnings.append(f"{name}: {cut} prompts are longer than the model reads and were cut")
+    value, stderr = mean_and_stderr(finite)
+    return Score(name, value, stderr, getattr(scorer, "higher_is_better", True), len(finite))
 
 
 METRICS: dict[str, Callable[[Inputs], Iterator[Score]]] = {

@@ -24,6 +24,8 @@ class Settings:
             kernel distance; 0 for none.
         samples: the number of generated samples that published values use.
         seed: of everything random.
+        distances: "exact", or "adm-float16" for precision and recall as ADM's script rounds them.
+        kid_convention: whose subsets (see ``kernel.kernel_distance_subsets``).
     """
 
     protocol: str = "default"
@@ -39,6 +41,8 @@ class Settings:
     kid_subsets: int = 0
     samples: int | None = None
     seed: int = 2020
+    distances: str = "exact"
+    kid_convention: str = "torch-fidelity"
 
     def __post_init__(self) -> None:
         for name in ("k", "splits", "neighbours_real", "neighbours_fake", "split_size"):
@@ -47,20 +51,31 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.kid_subsets < 0 or self.seed < 0:
             raise ValueError("kid_subsets and seed must not be negative")
+        if self.distances not in ("exact", "adm-float16"):
+            raise ValueError(f"distances must be 'exact' or 'adm-float16', got {self.distances!r}")
 
 
 # Which program each row repeats is said in docs/evaluation.md.
 PROTOCOLS = {
     "default": Settings(),
     "adm": Settings("adm", split_size=5000, neighbours_real=10_000, samples=50_000),
+    "adm-float16": Settings(
+        "adm-float16", split_size=5000, neighbours_real=10_000, samples=50_000,
+        distances="adm-float16",
+    ),
     "edm2": Settings("edm2", quantise="edm", samples=50_000),
     "dgm": Settings(
         "dgm", fid_resize="pil-bicubic", dino_resize="pil-bicubic", k=5, strict=True,
         neighbours_real=10_000, neighbours_fake=10_000, kid_subsets=100, samples=50_000, seed=0,
+        kid_convention="clean-fid",
     ),
-    "clean": Settings("clean", fid_resize="pil-bicubic-float", kid_subsets=100, seed=0),
+    "clean": Settings(
+        "clean", fid_resize="pil-bicubic-float", kid_subsets=100, seed=0,
+        kid_convention="clean-fid",
+    ),
     "torchmetrics": Settings(
-        "torchmetrics", fid_resize="torch-bilinear-aa", quantise="truncate", kid_subsets=100
+        "torchmetrics", fid_resize="torch-bilinear-aa", quantise="truncate", kid_subsets=100,
+        seed=0, kid_convention="torchmetrics",
     ),
 }  # fmt: skip
 

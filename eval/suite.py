@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from .bank import FeatureBank
 from .decode import as_uint8
 from .extractors import Extractor, cifar_extractor
 from .features import FeatureSet, extract
 from .findings import findings
-from .gather import gathered
+from .gather import Share
+from .inputs import CannotScore, Inputs
 from .reference import Reference, statistics_for
 from .report import EvalResult, Score
-from .scores import DEFAULT_METRICS, METRICS, CannotScore, Inputs
+from .scorers import Scorer
+from .scores import DEFAULT_METRICS, METRICS, scorer_score
 from .settings import Settings, protocol
 from .stats import Statistics
 
@@ -36,6 +40,11 @@ class EvalSuite:
             embedded CIFAR-10 test set if the extractor is the embedded one; real images may be fed
             by ``update(..., real=True)`` instead, and then replace it.
         force: accept statistics of another extractor.
+        scorers: by the name of the score, callables from images and prompts to one value an image
+            (``scorers.ClipScorer``, a reward); they see samples that come with prompts.
+        max_rows: feature rows kept of each side: a random subset, which all that needs rows uses
+            (precision, kernel distance, ...). Means and covariances still see every sample.
+        row_dtype: float32, or float16 for half the memory (see ``bank.FeatureBank``).
 
     Raises:
         ValueError: on an unknown metric or protocol, or statistics that do not fit.
@@ -49,6 +58,9 @@ class EvalSuite:
         settings: str | Settings = "default",
         reference: str | Path | Statistics | None = None,
         force: bool = False,
+        scorers: Mapping[str, Scorer] | None = None,
+        max_rows: int | None = None,
+        row_dtype: torch.dtype = torch.float32,
     ) -> None:
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
@@ -58,11 +70,11 @@ class EvalSuite:
         self.extractors = [extractors] if isinstance(extractors, Extractor) else list(extractors)
         self.metrics = tuple(metrics)
         self.settings = protocol(settings) if isinstance(settings, str) else settings
-        self._fake: list[FeatureSet] = []
-        self._real: list[FeatureSet] = []
-        # What sync() has already brought to every rank must not be gathered twice.
-        self._shared_fake: list[FeatureSet] = []
-        self._shared_real: list[FeatureSet] = []
+        self.scorers = dict(scorers or {})
+        clash = {e.space for e in self.extractors} & set(self.scorers)
+        if clash:
+            raise ValueError(f"a scorer and an extractor are both called {clash.pop()!r}")
+        self._fake, self._real = (FeatureBank(max_rows, row_dtype) for _ in range(2))
         self._statistics: dict[str, Statistics] = {}
         self._notes: list[str] = []
         self._seconds = 0.0
@@ -87,6 +99,7 @@ class EvalSuite:
         *,
         labels: Tensor | Sequence[int] | None = None,
         index: Tensor | Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
         real: bool = False,
     ) -> None:
         """Add images: uint8, or floats in [0, 1], (B, 3, H, W) or a list of (3, H, W).
@@ -95,6 +108,8 @@ class EvalSuite:
             images: an empty batch is welcome.
             labels: shape (B,), the classes that the samples were asked to show.
             index: shape (B,), the caller's numbers; repeats (a loader's padding) count once.
+            prompts: what each image was asked to show: scored by the scorers, and the groups of the
+                diversity score where there are no labels.
             real: the images are real ones, for the reference.
 
         Raises:
@@ -110,13 +125,16 @@ class EvalSuite:
             if isinstance(images, Tensor)
             else [as_uint8(image, quantise=rule) for image in images]
         )
-        found = extract(images, self.extractors, labels=_ints(labels), index=_ints(index))
+        found = extract(
+            images, self.extractors, labels=_ints(labels), index=_ints(index), prompts=prompts,
+            scorers=self.scorers,
+        )  # fmt: skip
         self.add(found, real=real)
         self._seconds += time.perf_counter() - start
 
     def add(self, features: FeatureSet, *, real: bool = False) -> None:
         """Add features that were extracted before (from a cache, or by another suite)."""
-        (self._real if real else self._fake).append(features)
+        (self._real if real else self._fake).add(features)
 
     def merge_state(self, other: EvalSuite) -> None:
         """Add everything that another suite has seen.
@@ -127,8 +145,8 @@ class EvalSuite:
         mine, theirs = [e.id for e in self.extractors], [e.id for e in other.extractors]
         if mine != theirs:
             raise ValueError(f"cannot merge a suite with extractors {theirs} into one with {mine}")
-        self._fake += other._shared_fake + other._fake
-        self._real += other._shared_real + other._real
+        self._fake.merge(other._fake)
+        self._real.merge(other._real)
         self._statistics = {**other._statistics, **self._statistics}
 
     def sync(self) -> None:
@@ -137,61 +155,79 @@ class EvalSuite:
         Afterwards every rank holds the same samples and computes the same numbers. Without a
         process group nothing happens.
         """
-        self._shared_fake.append(gathered(FeatureSet.join(self._fake)))
-        self._shared_real.append(gathered(FeatureSet.join(self._real)))
-        self._fake, self._real = [], []
+        self._fake.sync()
+        self._real.sync()
 
     def reset(self, *, keep_reference: bool = False) -> None:
         """Forget the generated samples, and the real ones unless ``keep_reference``."""
-        self._fake, self._shared_fake, self._seconds = [], [], 0.0
+        self._fake.clear()
+        self._seconds = 0.0
         if not keep_reference:
-            self._real, self._shared_real, self._statistics, self._notes = [], [], {}, []
+            self._real.clear()
+            self._statistics, self._notes = {}, []
 
     def seen(self, *, real: bool = False) -> FeatureSet:
-        """All samples so far, in the order of their content (after ``sync``: of all ranks)."""
-        shared, local = (self._shared_real, self._real) if real else (self._shared_fake, self._fake)
-        return FeatureSet.join(shared + local).canonical()
+        """The samples so far whose rows are kept, in the order of their content.
+
+        After ``sync``: of all ranks.
+        """
+        return (self._real if real else self._fake).rows()
 
     def reference_features(self) -> Tensor | None:
         """Real rows in the first extractor's space, (N, d); None where only moments are known."""
         return self._reference().features(self.extractors[0].space)
 
-    def compute(self) -> EvalResult:
+    def compute(self, *, together: bool = False, progress: bool = False) -> EvalResult:
         """Every metric over everything seen so far; metrics that lack something say so.
+
+        Args:
+            together: all ranks call this after ``sync`` and share the work on neighbours; without
+                it every rank computes for itself, and one alone may. No digit depends on it.
+            progress: show a bar over the metrics, on a terminal.
 
         Raises:
             ValueError: if no generated sample was added.
         """
-        fake = self.seen()
-        if len(fake) == 0:
+        every = self._fake.samples()
+        if len(every) == 0:
             raise ValueError("no samples to evaluate: call update() with generated images first")
         start = time.perf_counter()
         reference = self._reference()
+        share = Share.of_this_rank() if together else Share()
+        inputs = [
+            Inputs(
+                every, reference, extractor.space, self.settings, position == 0,
+                bool(extractor.class_names), kept=self._fake.rows(), sums=self._fake.moments(),
+                share=share,
+            )
+            for position, extractor in enumerate(self.extractors)
+        ]  # fmt: skip
         scores: dict[str, Score] = {}
         skipped: dict[str, str] = {}
-        warnings = [*self._notes, *findings(fake, reference, self.settings)]
-        per_class: dict[str, list[float]] = {}
-        for position, extractor in enumerate(self.extractors):
-            given = Inputs(
-                fake, reference, extractor.space, self.settings, position == 0,
-                bool(extractor.class_names),
-            )  # fmt: skip
-            for name in self.metrics:
-                if name == "colour" and position:
-                    continue
-                try:
-                    scores.update({score.name: score for score in METRICS[name](given)})
-                except CannotScore as reason:
-                    skipped[name if position == 0 else f"{name}-{extractor.space}"] = str(reason)
-            warnings += given.warnings
-            per_class |= given.per_class
-        meta = self._meta(fake, reference, time.perf_counter() - start)
+        work = [(name, given) for given in inputs for name in self.metrics
+                if name != "colour" or given.primary]  # fmt: skip
+        for name, given in tqdm(work, desc="metrics", disable=None if progress else True):
+            try:
+                scores.update({score.name: score for score in METRICS[name](given)})
+            except CannotScore as reason:
+                skipped[given.name(name)] = str(reason)
+        for name, scorer in self.scorers.items():
+            try:
+                scores[name] = scorer_score(inputs[0], name, scorer)
+            except CannotScore as reason:
+                skipped[name] = str(reason)
+        warnings = [*self._notes, *findings(every, reference, self.settings, self.extractors[0])]
+        warnings += [warning for given in inputs for warning in given.warnings]
+        per_class = {name: values for given in inputs for name, values in given.per_class.items()}
+        meta = self._meta(every, reference, time.perf_counter() - start)
         return EvalResult(scores, meta, warnings, skipped, per_class)
 
     def _reference(self) -> Reference:
-        real = self.seen(real=True)
+        real = self._real.samples()
         if len(real):
-            return Reference(real, dict(self._statistics))
+            return Reference(
+                self._real.rows(), dict(self._statistics), every=real, sums=self._real.moments()
+            )
         first = self.extractors[0]
         if not self._statistics and first.space == "cifar":
             self._statistics[first.space], notes = statistics_for(first, None)
@@ -208,6 +244,10 @@ class EvalSuite:
             "reference_header": known.header if known is not None else {},
             "settings": asdict(self.settings),
             "extractors": {e.space: e.id for e in self.extractors},
+            "scorers": {
+                name: getattr(s, "id", type(s).__name__) for name, s in self.scorers.items()
+            },
+            "rows": {"kept": self._fake.max_rows, "dtype": str(self._fake.dtype)},
             "weights": {e.space: e.digest for e in self.extractors},
             "versions": {"torch": torch.__version__},
             "seconds": {"features": self._seconds, "metrics": seconds},
