@@ -36,6 +36,14 @@ def slope(x: Tensor, denoised: Tensor, sigma: Tensor) -> Tensor:
     return (x - denoised) / sigma
 
 
+def toward(denoised: Tensor, x: Tensor, share: Tensor) -> Tensor:
+    """``denoised + share * (x - denoised)`` in one pass; ``share`` has shape ()."""
+    if denoised.dtype != x.dtype or share.device.type != "cpu":
+        return denoised + share * (x - denoised)
+    # A number, read on the CPU without waiting: no operation is spent on it.
+    return torch.lerp(denoised, x, float(share))
+
+
 def euler_step(
     denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Memory | None = None
 ) -> Tensor:
@@ -52,7 +60,7 @@ def euler_step(
         The sample at ``sigma_next``.
     """
     x, denoised = look(denoise, x, sigma)
-    return denoised + (sigma_next / sigma) * (x - denoised)
+    return toward(denoised, x, sigma_next / sigma)
 
 
 def heun_step(

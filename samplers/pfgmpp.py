@@ -17,7 +17,8 @@ from torch import Tensor
 from ..core.denoiser import Denoise
 from ..core.student import check_augment_dim, student_noise
 from ..core.tensors import per_sample, sample_dot
-from .ode import Memory, heun_step
+from .ode import look
+from .stochastic import Churn
 
 
 def radius_of(sigma: float, augment_dim: float) -> float:
@@ -70,53 +71,40 @@ def posterior_scale(x: Tensor, denoised: Tensor, sigma: Tensor, augment_dim: flo
 
 
 @dataclass(frozen=True)
-class StudentChurnStep:
+class StudentChurnStep(Churn):
     """Raise the noise a little with noise of the right law, then take a Heun step down.
 
     Reconstruction: the published sampler has no valid stochastic form at finite D (Student-t noise
-        is
-    not closed under addition, so Gaussian churn leaves the marginals). Here the squared factor tau
-    is drawn from its posterior given the sample and Gaussian noise of variance
+    is not closed under addition, so Gaussian churn leaves the marginals). Here the squared factor
+    tau is drawn from its posterior given the sample, and Gaussian noise of variance
     ``tau * (sigma_hat^2 - sigma^2)`` is added, which is exact where the clean sample is determined
     and a good approximation at small sigma. Costs one more evaluation than ``ChurnStep``.
 
     Args:
         generators: one a sample, advanced by every churn.
         augment_dim: the D of the model; must be finite (use ``ChurnStep`` for Gaussian noise).
-        gamma: relative rise of sigma.
-        low: no churn at or below this sigma.
-        high: no churn above this sigma.
+        gamma: see ``Churn``.
+        low: see ``Churn``.
+        high: see ``Churn``.
+
+    Raises:
+        ValueError: if ``augment_dim`` is infinite or not positive, gamma is negative or low >=
+            high.
     """
 
     generators: Sequence[torch.Generator]
     augment_dim: float
-    gamma: float = 0.1
-    low: float = 0.0
-    high: float = math.inf
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        super().__post_init__()
         if math.isinf(check_augment_dim(self.augment_dim)):
             raise ValueError("augment_dim is infinite: the noise is Gaussian, use ChurnStep")
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma must not be negative, got {self.gamma}")
 
-    def __call__(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        sigma: Tensor,
-        sigma_next: Tensor,
-        memory: Memory | None = None,
-    ) -> Tensor:
-        """The sample at ``sigma_next``; shapes as ``ode.euler_step``."""
-        if self.gamma > 0 and self.low < float(sigma) <= self.high:
-            raised = sigma * (1 + self.gamma)
-            x = student_raise(
-                x, denoise(x, sigma), sigma, raised, self.augment_dim, self.generators
-            )
-            sigma = raised
-        return heun_step(denoise, x, sigma, sigma_next)
+    def lift(self, denoise: Denoise, x: Tensor, sigma: Tensor, raised: Tensor) -> Tensor:
+        """Add noise of the posterior scale; a sample that a rule has moved is what is raised."""
+        x, denoised = look(denoise, x, sigma)
+        return student_raise(x, denoised, sigma, raised, self.augment_dim, self.generators)
 
 
 def student_raise(

@@ -10,6 +10,9 @@ import torch
 from diffusers import EDMEulerScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
+
+# Loaders of diffusers look for it beside the class of a saved scheduler.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from torch import Tensor
 
 from ..core.student import check_augment_dim, student_factor, student_noise
@@ -138,14 +141,6 @@ class PFGMPPEulerScheduler(EDMEulerScheduler):
         noisy: Tensor = super().add_noise(original_samples, noise, timesteps)
         return noisy
 
-    def _refuse_churn(self, s_churn: float) -> None:
-        if s_churn > 0 and not math.isinf(self.augment_dim):
-            raise ValueError(
-                f"s_churn={s_churn} adds Gaussian noise, but this model's noise is Student-t with "
-                f"augment_dim={self.augment_dim:g}: the sum of the two has another law and the "
-                "samples would be biased. Use s_churn=0, or samplers.StudentChurnStep"
-            )
-
     def step(
         self,
         model_output: Tensor,
@@ -159,24 +154,34 @@ class PFGMPPEulerScheduler(EDMEulerScheduler):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> EDMEulerSchedulerOutput | tuple[Tensor, ...]:
-        """One Euler step, as in ``EDMEulerScheduler``.
+        """One step from one evaluation; arguments as in ``EDMEulerScheduler``.
 
         Raises:
             ValueError: for ``s_churn > 0`` at a finite D, where Gaussian churn is not valid.
         """
-        self._refuse_churn(s_churn)
-        return super().step(
-            model_output,
-            timestep,
-            sample,
-            s_churn=s_churn,
-            s_tmin=s_tmin,
-            s_tmax=s_tmax,
-            s_noise=s_noise,
-            generator=generator,
-            return_dict=return_dict,
-            **kwargs,
+        if s_churn > 0 and not math.isinf(self.augment_dim):
+            raise ValueError(
+                f"s_churn={s_churn} adds Gaussian noise, but this model's noise is Student-t with "
+                f"augment_dim={self.augment_dim:g}: the sum of the two has another law and the "
+                "samples would be biased. Use s_churn=0, or samplers.StudentChurnStep"
+            )
+        churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+        previous, denoised = self._solve(
+            model_output, timestep, sample, churn=churn, generator=generator, **kwargs
         )
+        if not return_dict:
+            return (previous, denoised)
+        return EDMEulerSchedulerOutput(prev_sample=previous, pred_original_sample=denoised)
+
+    def _solve(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, *,
+        churn: dict[str, float], **kwargs: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The next sample and the denoised one."""
+        found: tuple[Tensor, ...] = super().step(
+            model_output, timestep, sample, return_dict=False, **churn, **kwargs
+        )
+        return found
 
 
 class PFGMPPHeunScheduler(PFGMPPEulerScheduler):
@@ -207,26 +212,16 @@ class PFGMPPHeunScheduler(PFGMPPEulerScheduler):
         """Whether the next call is the first evaluation of a step."""
         return getattr(self, "_trial", None) is None
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> EDMEulerSchedulerOutput | tuple[Tensor, ...]:
-        """One evaluation of a Heun step: the trial Euler step, or its correction.
+    def _solve(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, *,
+        churn: dict[str, float], **kwargs: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The trial Euler step, or its correction.
 
         Raises:
             ValueError: for ``s_churn > 0``, which this scheduler has at no D.
         """
-        if s_churn > 0:
-            self._refuse_churn(s_churn)
+        if churn["s_churn"] > 0:
             raise ValueError("PFGMPPHeunScheduler is deterministic; use s_churn=0")
         if self.step_index is None:
             self._init_step_index(timestep)
@@ -244,7 +239,4 @@ class PFGMPPHeunScheduler(PFGMPPEulerScheduler):
             previous = start + (sigma - self.sigmas[index - 1]) * (d_start + d) / 2
             self._trial = None
         self._step_index += 1
-        previous = previous.to(model_output.dtype)
-        if not return_dict:
-            return (previous, denoised)
-        return EDMEulerSchedulerOutput(prev_sample=previous, pred_original_sample=denoised)
+        return previous.to(model_output.dtype), denoised

@@ -76,36 +76,27 @@ class AncestralStep:
         return out + fresh * self.noise_like(x).to(x) if self.eta > 0 else out
 
 
-@dataclass(frozen=True)
-class ChurnStep:
-    """Raise the noise a little, then take a Heun step down (Karras et al. 2022, Algorithm 2).
-
-    For ``x = clean + sigma * noise`` with *Gaussian* noise only; a PFGM++ sample at finite D has
-    another noise, and adding Gaussian noise to it leaves its marginals.
+@dataclass(frozen=True, kw_only=True)
+class Churn:
+    """Raise the noise a little, then take a Heun step down: what both churning steps share.
 
     Args:
-        noise_like: draws standard normal noise of a sample's shape.
-        gamma: relative rise of sigma, S_churn / N in the paper; at most sqrt(2) - 1 there.
+        gamma: relative rise of sigma, S_churn / N in Karras et al. 2022; at most sqrt(2) - 1 there.
         low: no churn at or below this sigma.
         high: no churn above this sigma.
-        noise_scale: the paper's S_noise.
 
     Raises:
-        ValueError: if gamma or noise_scale is negative, or low >= high.
+        ValueError: if gamma is negative or low >= high.
     """
 
-    noise_like: NoiseLike
     gamma: float = 0.1
     low: float = 0.0
     high: float = math.inf
-    noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if not (self.gamma >= 0 and self.noise_scale >= 0):
-            raise ValueError(
-                f"gamma and noise_scale must not be negative, got {self.gamma}, {self.noise_scale}"
-            )
+        if not self.gamma >= 0:
+            raise ValueError(f"gamma must not be negative, got {self.gamma}")
         if not self.low < self.high:
             raise ValueError(f"expected low < high, got low={self.low}, high={self.high}")
 
@@ -117,9 +108,46 @@ class ChurnStep:
         sigma_next: Tensor,
         memory: Memory | None = None,
     ) -> Tensor:
-        """The sample at ``sigma_next``; shapes as ``ode.euler_step``; two evaluations."""
+        """The sample at ``sigma_next``; shapes as ``ode.euler_step``."""
+        sigma = torch.as_tensor(sigma)
         if self.gamma > 0 and self.low < float(sigma) <= self.high:
             raised = sigma * (1 + self.gamma)
-            rise = (raised**2 - sigma**2).sqrt() * self.noise_scale
-            x, sigma = x + rise * self.noise_like(x).to(x), raised
-        return heun_step(denoise, x, torch.as_tensor(sigma), sigma_next)
+            x, sigma = self.lift(denoise, x, sigma, raised), raised
+        return heun_step(denoise, x, sigma, sigma_next)
+
+    def lift(self, denoise: Denoise, x: Tensor, sigma: Tensor, raised: Tensor) -> Tensor:
+        """The sample carried up from ``sigma`` to ``raised``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ChurnStep(Churn):
+    """EDM's stochastic step (Karras et al. 2022, Algorithm 2); two evaluations.
+
+    For ``x = clean + sigma * noise`` with *Gaussian* noise only; a PFGM++ sample at finite D has
+    another noise, and adding Gaussian noise to it leaves its marginals.
+
+    Args:
+        noise_like: draws standard normal noise of a sample's shape.
+        noise_scale: the paper's S_noise.
+        gamma: see ``Churn``.
+        low: see ``Churn``.
+        high: see ``Churn``.
+
+    Raises:
+        ValueError: if gamma or noise_scale is negative, or low >= high.
+    """
+
+    noise_like: NoiseLike
+    noise_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        super().__post_init__()
+        if not self.noise_scale >= 0:
+            raise ValueError(f"noise_scale must not be negative, got {self.noise_scale}")
+
+    def lift(self, denoise: Denoise, x: Tensor, sigma: Tensor, raised: Tensor) -> Tensor:
+        """Add Gaussian noise; asks ``denoise`` nothing."""
+        rise = (raised**2 - sigma**2).sqrt() * self.noise_scale
+        return x + rise * self.noise_like(x).to(x)

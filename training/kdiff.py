@@ -174,7 +174,7 @@ class KDiffObjective(NoiseLaw):
     @property
     def kind(self) -> Kind:
         """What the network's raw output means, at the present k."""
-        return Kind.kdiff(float(self.k()) if isinstance(self.k, LearnedK) else self.k)
+        return Kind.kdiff(float(self.k().detach()) if isinstance(self.k, LearnedK) else self.k)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Level]:
         """Noise of ``shape`` (B, ...) and levels of shape (B,), on the generator's device."""

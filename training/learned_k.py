@@ -49,7 +49,7 @@ class KTraining:
 
     def line(self) -> dict[str, float]:
         """What the curve and the progress bar show."""
-        return {} if self.module is None else {"k": float(self.module())}
+        return {} if self.module is None else {"k": float(self.module().detach())}
 
     def end_update(self, step: int) -> None:
         """Average k as the weights are averaged."""

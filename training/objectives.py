@@ -27,10 +27,10 @@ def make_objective(config: TrainConfig, k: float | None = None) -> Objective:
         config: the settings.
         k: of kdiff, where the config leaves it open: the start of a learned k, the value of "auto".
     """
-    law = {"augment_dim": config.dimension, "stable_targets": config.stable_targets}
-    logit = {"mean": config.sigma_mean, "std": config.sigma_std}
+    law: dict[str, Any] = {"augment_dim": config.dimension, "stable_targets": config.stable_targets}
+    logit: dict[str, Any] = {"mean": config.sigma_mean, "std": config.sigma_std}
     if config.objective == "pfgmpp":
-        log = {"mean": config.log_sigma_mean, "std": config.log_sigma_std}
+        log: dict[str, Any] = {"mean": config.log_sigma_mean, "std": config.log_sigma_std}
         return PFGMPPObjective(sigma_data=config.sigma_data, **log, **law)
     if config.objective == "flow":
         return FlowMatching(config.prediction, **logit, **law)

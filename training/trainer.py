@@ -138,7 +138,7 @@ class Trainer:
                 if logged:
                     clock = self._log(norm, clock, bar.set_postfix)
                 self._keep()
-                self._score(bar.write)
+                self._score(bar.set_description)
                 # Ranks must agree on when to stop; asking at every step would stall the devices.
                 asks = logged or self.accelerator.num_processes == 1
                 if asks and agree(self.accelerator, stop.asked):
@@ -262,7 +262,7 @@ class Trainer:
         if values and self.accelerator.is_main_process:
             append_line(self.out / SCORES, {"step": self.step, **values})
             shown = ", ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in values.items())
-            say(f"step {self.step}: {shown}")
+            say(shown)
         if values and self.config.log_with:
             self.accelerator.log(values, step=self.step)
 

@@ -9,7 +9,8 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UN
 from tiny_pipelines import wake
 from torch import Tensor
 
-from diffsteer import ClassConditionalPipeline
+from diffsteer import ClassConditionalPipeline, Kind, Level
+from diffsteer.core import from_denoised
 
 NAMES = dict(enumerate("airplane automobile bird cat deer dog frog horse ship truck".split()))
 
@@ -52,11 +53,13 @@ def tiny_pipeline(
     return pipe
 
 
-def gaussian_pipeline(mean: float, std: float, prediction: str, scheduler: Any = None) -> Any:
+def gaussian_pipeline(
+    mean: float, std: float, prediction: str, scheduler: Any = None, **said: Any
+) -> Any:
     """A pipeline whose network is the perfect denoiser of pixels drawn from N(mean, std^2).
 
-    The flow carries noise z to mean + std * z exactly. The class shifts the mean: class k adds
-    k / 10, and the null class nothing.
+    ``said`` goes to the pipeline (``k`` of "kdiff"). The flow carries noise z to mean + std * z
+    exactly. The class shifts the mean: class k adds k / 10, and the null class nothing.
     """
     network = tiny_dit()
 
@@ -66,7 +69,9 @@ def gaussian_pipeline(mean: float, std: float, prediction: str, scheduler: Any =
         center, alpha = mean + shift, 1 - sigma
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
         denoised = center + gain * (x - alpha * center)
-        return (denoised if prediction == "denoised" else (x - denoised) / sigma,)
+        kind = Kind.kdiff(said["k"]) if prediction == "kdiff" else Kind(prediction)
+        return (from_denoised(denoised, kind, x, Level.flow(sigma.flatten())),)
 
     network.forward = forward
-    return tiny_pipeline(prediction, network, **({"scheduler": scheduler} if scheduler else {}))
+    parts = {"scheduler": scheduler} if scheduler else {}
+    return tiny_pipeline(prediction, network, **parts, **said)

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
-from diffsteer.core import GaussianMixture, Kind, Level, from_denoised
+from diffsteer.core import Kind, Level, from_denoised
 from diffsteer.training import FlowMatching, velocity_loss
 from diffsteer.training.flow import TIMESTEPS, logit_normal
-from diffsteer.training.preview import sample_flow
 
 
 def inputs(batch: int = 6):
@@ -116,23 +115,6 @@ def test_draws_repeat_with_the_generator_and_are_independent_of_each_other():
     assert not torch.equal(draw[0][0], draw[2][0])
     both = torch.stack([torch.logit(draw[0][1].sigma), draw[0][0][:, 0]])
     assert torch.corrcoef(both)[0, 1].abs() < 0.15
-
-
-@pytest.mark.parametrize("kind", [Kind.VELOCITY, Kind.DENOISED])
-def test_the_preview_sampler_finds_the_classes_of_a_mixture(kind):
-    """With the exact denoiser of two distant classes, every sample ends at its own class."""
-    oracle = GaussianMixture.ring(classes=2, radius=3.0, std=0.1)
-
-    def network(x, timestep, labels):
-        level = Level.flow(timestep / TIMESTEPS)
-        cond = oracle.denoise(x, level, labels.clamp(max=1))
-        denoised = torch.where((labels == 2)[:, None], oracle.denoise(x, level, None), cond)
-        return from_denoised(denoised, kind, x, level)
-
-    labels = torch.arange(64) % 2
-    noise = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
-    samples = sample_flow(network, noise, labels, null=2, kind=kind, scale=1.0, steps=40)
-    assert torch.equal(oracle.class_posterior(samples, Level.flow(0.0)).argmax(1), labels)
 
 
 @pytest.mark.parametrize("make", [lambda: FlowMatching("epsilon"), lambda: call("epsilon")])
