@@ -1,6 +1,7 @@
 """Every number that papers on generated images report: pure float64 metrics, in one pass."""
 
 from .accuracy import class_accuracy as class_accuracy
+from .callback import Generated as Generated
 from .callback import PeriodicEvaluation as PeriodicEvaluation
 from .classifiers import load_classifier as load_classifier
 from .cmmd import cmmd as cmmd
@@ -25,6 +26,8 @@ from .report import EvalResult as EvalResult
 from .report import Score as Score
 from .run import Reading as Reading
 from .run import evaluate as evaluate
+from .scorers import ClipScorer as ClipScorer
+from .scorers import load_scorer as load_scorer
 from .settings import PROTOCOLS as PROTOCOLS
 from .settings import Settings as Settings
 from .stats import Statistics as Statistics
@@ -36,10 +39,12 @@ from .vendi import vendi as vendi
 
 __all__ = [
     "PROTOCOLS",
+    "ClipScorer",
     "EvalResult",
     "EvalSuite",
     "Extractor",
     "Gaussian",
+    "Generated",
     "Moments",
     "PeriodicEvaluation",
     "Reading",
@@ -61,6 +66,7 @@ __all__ = [
     "kernel_distance",
     "kernel_distance_subsets",
     "load_classifier",
+    "load_scorer",
     "mean_cosine_distance",
     "open_images",
     "prdc",

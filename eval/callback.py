@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,23 @@ from torch import Tensor
 from .report import EvalResult
 from .suite import EvalSuite
 
-# From seeds to images (uint8, or floats in [0, 1]) and their labels, or None without labels.
-Generate = Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
+
+class Generated(NamedTuple):
+    """What a training loop made for an evaluation: images, and what they were asked to show.
+
+    Args:
+        images: shape (B, 3, H, W), uint8, or floats in [0, 1].
+        labels: shape (B,), integer, or None.
+        prompts: one an image, or None.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    prompts: Sequence[str] | None = None
+
+
+# From seeds to images; a tuple of images and labels will do.
+Generate = Callable[[Sequence[int]], Generated | tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -25,7 +41,8 @@ class PeriodicEvaluation:
 
     Args:
         suite: metrics, extractors and reference.
-        generate: from seeds to images and labels, with the weights as they are (usually averaged).
+        generate: from seeds to ``Generated`` (or images and labels), with the weights as they are
+            (usually averaged).
         every: steps between evaluations.
         seeds: one image each.
         batch_size: images generated at once.
@@ -58,7 +75,7 @@ class PeriodicEvaluation:
         mine = list(self.seeds)[rank::world]
         self.suite.reset(keep_reference=True)
         for start in range(0, len(mine), self.batch_size):
-            images, labels = self.generate(mine[start : start + self.batch_size])
-            self.suite.update(images, labels=labels)
+            made = Generated(*self.generate(mine[start : start + self.batch_size]))
+            self.suite.update(made.images, labels=made.labels, prompts=made.prompts)
         self.suite.sync()
-        return self.suite.compute()
+        return self.suite.compute(together=joined)

@@ -28,6 +28,7 @@ from diffsteer.eval.pretrained import EXTRACTORS, load_extractor
 from diffsteer.eval.reference import statistics_of
 from diffsteer.eval.report import EvalResult, read_result, table, write_text
 from diffsteer.eval.run import Reading, environment, evaluate, read_features, set_reference
+from diffsteer.eval.scorers import SCORERS, load_scorer
 from diffsteer.eval.scores import DEFAULT_METRICS, METRICS
 from diffsteer.eval.settings import PROTOCOLS, protocol
 from diffsteer.eval.stats import read_statistics, write_statistics
@@ -58,13 +59,14 @@ def run_evaluate(arguments: list[str]) -> int:
     join_ranks()
     suite = make_suite(options)
     reading = make_reading(options)
-    cache = None if options.no_cache else FeatureCache()
+    cache = None if options.no_cache else FeatureCache(verify=options.cache_verify)
     remarks: list[str] = []
     if options.reference is not None:
         remarks = set_reference(suite, options.reference, reading, cache=cache, force=options.force)
     results, grids = {}, []
     for folder in folders:
-        found = evaluate(folder, suite=suite, reading=reading, labels=options.labels, cache=cache)
+        found = evaluate(folder, suite=suite, reading=reading, labels=options.labels,
+                         prompts=options.prompts, cache=cache)  # fmt: skip
         meta = {**found.meta, "versions": environment()}
         results[folder] = replace(found, meta=meta, warnings=[*remarks, *found.warnings])
         if options.html:
@@ -155,6 +157,17 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help=f"comma-separated, or all: {', '.join(METRICS)} (default: %(default)s)")  # fmt: skip
     add("--k", type=int, help="neighbour of precision, recall, density, coverage")
     add("--labels", help="'from-dirs', or a CSV of file and label; run.json is found by itself")
+    add("--prompts", help="text or .jsonl of file and prompt; run.json is found by itself")
+    add(
+        "--scorer",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=(
+            f"scores of images under prompts: {', '.join(SCORERS)}, or NAME=FOLDER for other weights"
+        ),
+    )
+    add("--max-rows", type=int, help="features kept for what needs rows; bounds the memory")
     add("--out", type=Path, help="folder for metrics.json (or a .json file)")
     add("--overwrite", action="store_true", help="replace an existing result")
     add("--json", metavar="FILE", help="write JSON here; '-' is standard output, and nothing else")
@@ -163,6 +176,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--strict", action="store_true", help="exit with 3 if there were warnings")
     add("--force", action="store_true", help="accept statistics of another extractor")
     add("--no-cache", action="store_true", help="extract features even if they are known")
+    add("--cache-verify", action="store_true", help="recognise images by their bytes, not by date")
     add_reading_options(parser)
     return parser
 
@@ -187,7 +201,14 @@ def make_suite(options: argparse.Namespace) -> EvalSuite:
         settings = replace(settings, k=options.k)
     metrics = list(METRICS) if options.metrics == "all" else options.metrics.split(",")
     extractors = [load_extractor(n, settings, device=options.device) for n in options.extractor]
-    return EvalSuite(metrics, extractors=extractors, settings=settings)
+    scorers = {}
+    for given in options.scorer:
+        name, _, model = given.partition("=")
+        scorers[name] = load_scorer(name, model=model or None, device=options.device)
+    return EvalSuite(
+        metrics, extractors=extractors, settings=settings, scorers=scorers,
+        max_rows=options.max_rows,
+    )  # fmt: skip
 
 
 def make_reading(options: argparse.Namespace) -> Reading:

@@ -23,7 +23,12 @@ from diffsteer.eval import (
     realism,
     vendi,
 )
-from diffsteer.eval.frechet import Gaussian, frechet_distance_of_moments, frechet_distance_to
+from diffsteer.eval.frechet import (
+    Gaussian,
+    frechet_distance_of_moments,
+    frechet_distance_to,
+    pivoted_cholesky,
+)
 from diffsteer.eval.kernel import polynomial_kernel
 
 few = settings(max_examples=25, deadline=None)
@@ -80,6 +85,37 @@ def test_frechet_distance_where_one_covariance_is_a_known_transport_of_the_other
     expected = float(cov.trace() + other.trace() - 2 * (cov @ transport).trace())
     found = frechet_distance(zero, cov, zero, (other + other.T) / 2)
     assert found == pytest.approx(expected, rel=1e-8, abs=1e-8 * float(cov.trace() + other.trace()))
+
+
+@few
+@given(seeds, st.integers(1, 30), st.integers(1, 40), st.integers(1, 9), st.floats(0, 8))
+def test_pivots_find_the_rank_and_leave_rounding_noise(seed, rank, dim, block, decades):
+    rows = draw(seed, rank, dim) * 10 ** torch.linspace(0, -decades / 2, dim)
+    matrix = rows.T @ rows
+    factor, left = pivoted_cholesky(matrix, block=block)
+    scale = float(matrix.diagonal().max())
+    assert factor.shape[1] <= min(rank, dim)
+    assert float((factor @ factor.T - matrix).abs().max()) <= 1e-13 * dim * scale
+    assert left <= 1e-13 * dim * scale
+
+
+@few
+@given(seeds, st.integers(2, 12), st.integers(14, 40))
+def test_the_smaller_factor_gives_the_same_distance(seed, few_rows, dim):
+    a, b = Moments.of(draw(seed, 3 * dim, dim)), Moments.of(draw(seed + 1, few_rows, dim) + 0.2)
+    reference = Gaussian.of(a.mean, a.covariance)
+    value = frechet_distance_to(reference, b.mean, b.covariance)
+    hinted = frechet_distance_to(reference, b.mean, b.covariance, rank=few_rows - 1)
+    assert hinted == pytest.approx(value, rel=1e-9)
+
+
+def test_an_indefinite_matrix_is_no_covariance():
+    good = draw(1, 20, 8)
+    values, vectors = torch.linalg.eigh(good.T @ good)
+    values[0] = -1e-4 * values[-1]
+    bad = vectors @ torch.diag(values) @ vectors.T
+    with pytest.raises(ValueError, match="eigenvalue"):
+        frechet_distance(bad[0], (bad + bad.T) / 2, bad[0], torch.eye(8).double())
 
 
 def test_frechet_distance_of_disjoint_supports_adds_the_traces():

@@ -10,6 +10,7 @@ import golden_features
 import pytest
 import torch
 
+from diffsteer.eval.adm_float16 import prdc_adm_float16
 from diffsteer.eval.cmmd import cmmd
 from diffsteer.eval.frechet import frechet_distance_from_features, frechet_distance_of_moments
 from diffsteer.eval.inception_score import inception_score
@@ -73,6 +74,7 @@ def test_kernel_distance_over_all_samples(features):
     [
         ("torch-fidelity", 2020, "torch_fidelity(same, float64 features)"),
         ("clean-fid", 0, "dgm_eval(np.random.seed(0),100x1000,float64)"),
+        ("torchmetrics", 0, "torchmetrics(manual_seed(0),100x1000,float64)"),
     ],
 )
 def test_kernel_distance_over_the_subsets_of_the_peers(features, convention, seed, key):
@@ -80,6 +82,24 @@ def test_kernel_distance_over_the_subsets_of_the_peers(features, convention, see
     found = kernel_distance_subsets(real, fake, seed=seed, convention=convention)
     assert found.value == pytest.approx(GOLDEN["kid"][key]["mean"], rel=1e-9)
     assert found.stderr == pytest.approx(GOLDEN["kid"][key]["std"], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [500, 5000])
+def test_kernel_distance_over_the_blocks_of_k_diffusion(features, size):
+    key = "k_diffusion(max_size=500)" if size == 500 else "k_diffusion(max_size=5000, no RNG)"
+    options = {"subset_size": size, "convention": "k-diffusion"}
+    found = kernel_distance_subsets(*features["base"], **options)
+    assert found.value == pytest.approx(GOLDEN["kid"][key]["mean"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["base", "dups", "ones"])
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("chunk", [701, 2048])
+def test_precision_and_recall_of_adm_in_float16(features, name, k, chunk):
+    golden = GOLDEN["prdc"][name][f"adm_fp16_emulated(k={k}, <=, squared)"]
+    found = prdc_adm_float16(*features[name], k, chunk=chunk)
+    assert found.precision == pytest.approx(golden["precision"], rel=1e-11)
+    assert found.recall == pytest.approx(golden["recall"], rel=1e-11)
 
 
 @pytest.mark.parametrize("name", ["base", "dups", "ones"])
