@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.step import Guidance, needs_uncond
+from ..core.step import needs_uncond
 from ..guidance.calibration import Calibration
 from ..guidance.probe import ClassifierProbe, StageLogits
 from .files import write_bytes

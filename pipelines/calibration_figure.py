@@ -54,10 +54,14 @@ def _diagram(axes: Any, stage: Any) -> None:
 def _errors(axes: Any, result: Calibration) -> None:
     stages = [stage for stage in result.stages if math.isfinite(stage.ratio)]
     levels = [stage.ratio for stage in stages]
-    fitted = f"ECE at T = {result.temperature:.2f}"
-    axes.plot(levels, [stage.error for stage in stages], "o-", color="#cc3311", label="ECE")
-    axes.plot(levels, [stage.error_fitted for stage in stages], "o--", color="#ee7733", label=fitted)
-    axes.plot(levels, [stage.accuracy for stage in stages], "s-", color="#4477aa", label="accuracy")
+    lines = [
+        ("error", "o-", "#cc3311", "ECE"),
+        ("error_fitted", "o--", "#ee7733", f"ECE at T = {result.temperature:.2f}"),
+        ("accuracy", "s-", "#4477aa", "accuracy"),
+    ]
+    for name, style, color, label in lines:
+        values = [getattr(stage, name) for stage in stages]
+        axes.plot(levels, values, style, color=color, label=label)
     high = result.high if math.isfinite(result.high) else max(levels)
     axes.axvspan(max(result.low, min(levels)), high, color="0.9", zorder=0, label="interval")
     axes.set(xscale="log", xlabel="noise-to-signal ratio sigma", ylim=(0, 1.02))

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from . import embedded
 from .class_conditional import ClassConditionalPipeline
+from .degraded import degraded
 from .files import folder_digest
 
 
@@ -53,7 +54,8 @@ def load_weak(model: str | Path, pipe: Any) -> Any:
     """The weak model of autoguidance: a denoiser called like the one of ``pipe``.
 
     Args:
-        model: "embedded", or the folder of a pipeline or of its denoiser alone.
+        model: "embedded", the folder of a pipeline or of its denoiser alone, or "skip:3,4": the
+            denoiser of ``pipe`` itself without these layers, see ``degraded``.
         pipe: the pipeline that it will guide; gives the class, dtype and device.
 
     Raises:
@@ -65,19 +67,26 @@ def load_weak(model: str | Path, pipe: Any) -> Any:
     strong = getattr(pipe, name)
     if str(model) == "embedded":
         return embedded.load_embedded_weak(dtype=strong.dtype, device=strong.device)
+    if str(model).startswith("skip:"):
+        return degraded(strong, skip=_layers(str(model).removeprefix("skip:")))
     folder = Path(model).expanduser()
     _check_target(folder, pipe)
     folder = folder / name if (folder / "model_index.json").is_file() else folder
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"weak: there is no model in the folder {str(model)!r} (no config.json); give "
-            "'embedded', or the folder of a pipeline or of its denoiser"
+            "'embedded', the folder of a pipeline or of its denoiser, or 'skip:' and layers"
         )
     try:
         weak = type(strong).from_pretrained(folder, **embedded.as_dtype(strong.dtype))
     except Exception as error:
         raise ValueError(_explain(folder, error)) from error
     return weak.to(strong.device)
+
+
+def _layers(text: str) -> list[int | str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    return [int(word) if word.lstrip("-").isdigit() else word for word in words]
 
 
 def _check_target(folder: Path, pipe: Any) -> None:

@@ -213,8 +213,16 @@ class Predictions:
                 "weak=weak_transformer)"
             )
         call, overrides = self._call(branch, overrides)
-        output = self._replay(call, function, branch, overrides=overrides)
-        return self._pick(output, branch, self.x)
+        try:
+            output = self._replay(call, function, branch, overrides=overrides)
+            return self._pick(output, branch, self.x)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"the weak model ({type(function).__name__}) does not fit: {error}. It must be a "
+                "smaller or less trained version of the pipeline's, for the same inputs and size"
+            ) from error
 
     def argument(self, name: str, branch: str = "cond") -> Any:
         """An argument of the recorded call, tensors cut to the rows of one branch.

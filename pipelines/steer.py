@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ from .apply import Applied, apply_rule, autograd_allowed
 from .families import check_supported
 from .intercept import Arguments, Interception
 from .levels import LevelReader, Reading, adds_noise, solver_stage, solver_steps
+from .loading import load_weak
 from .observe import Recorder
 from .predictions import DOUBLED, SINGLE, Predictions, is_doubled, layout_of
 from .trajectory import StepRecord, Trajectory
@@ -33,7 +35,7 @@ def steer(
     pipe: Any,
     rule: Guidance,
     *,
-    weak: Callable[..., Any] | None = None,
+    weak: Callable[..., Any] | str | Path | None = None,
     negative: Mapping[str, Any] | None = None,
     order: str | None = None,
     sign: int | None = None,
@@ -47,8 +49,9 @@ def steer(
             ``transformer`` or ``unet``. It runs as always; its guidance scale must be above 1 (its
             value does not matter) if the rule needs an unconditional prediction.
         rule: a guidance method, e.g. ``ClassifierFreeGuidance(scale=5.0)``.
-        weak: a second model for ``Step.weak``: a module, or any function that is called like the
-            denoiser and returns like it.
+        weak: a second model for ``Step.weak``: a module, any function that is called like the
+            denoiser and returns like it (a ``degraded`` pass, say), or the folder of one, see
+            ``load_weak``.
         negative: arguments of the denoiser that make it unconditional, e.g.
             ``{"encoder_hidden_states": ..., "pooled_projections": ...}``: adds true guidance to
             pipelines that make one prediction a step (Flux), by one more evaluation a step. A
@@ -68,9 +71,12 @@ def steer(
         TypeError: if an argument is of the wrong type; the text says what to pass.
         ValueError: if ``order`` or ``sign`` is none of the possible values.
         NotImplementedError: if the pipeline is known not to work.
+        FileNotFoundError: if ``weak`` names no folder.
     """
     check_arguments(pipe, rule, weak, order, sign)
     check_supported(pipe)
+    if isinstance(weak, (str, Path)):
+        weak = load_weak(weak, pipe)
     modules = find_denoisers(pipe, denoiser)
     check_negative(negative, modules)
     return Steering(pipe, rule, modules, weak, negative, order, sign, keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,12 +40,11 @@ def check_arguments(pipe: Any, rule: Any, weak: Any, order: Any, sign: Any) -> N
             "rule must be a guidance method such as ClassifierFreeGuidance(scale=5.0), got "
             f"{_describe(rule)}"
         )
-    if weak is not None and (
-        isinstance(weak, type) or not callable(weak) or hasattr(weak, "scheduler")
-    ):
+    named = weak is None or isinstance(weak, (str, Path))
+    if not named and (isinstance(weak, type) or not callable(weak) or hasattr(weak, "scheduler")):
         raise TypeError(
-            "weak must be a module (such as weak_pipe.transformer) or a function that is "
-            f"called like the denoiser, got {_describe(weak)}"
+            "weak must be a module (such as weak_pipe.transformer), a function that is called "
+            f"like the denoiser, or the folder of a model, got {_describe(weak)}"
         )
     if order not in (None, "uc", "cu"):
         raise ValueError(

@@ -120,7 +120,7 @@ def _make(method: str, given: dict[str, str], base: str | None, defaults: dict[s
             f"{_flag(stray[0])} is no option of --guidance {method}, whose options are "
             + ", ".join(map(_flag, readers))
         )
-    parts = {name: value for name, value in defaults.items() if name in readers}
+    parts = {name: value for name, value in defaults.items() if name in names}
     parts |= {name: _read(name, text, readers[name]) for name, text in given.items()}
     if base is not None and "rule" not in names:
         raise ValueError(f"--base has no meaning for --guidance {method}, which takes no method")
@@ -129,8 +129,9 @@ def _make(method: str, given: dict[str, str], base: str | None, defaults: dict[s
         if inner not in rule_choices():
             raise ValueError(f"--base must be one of {', '.join(rule_choices())}, got {inner!r}")
         options = dict(item.partition("=")[::2] for item in text.split(",") if item)
-        parts["rule"] = _make(inner, options, None, defaults)
-    if "classifier" in _required(cls):
+        data = {name: value for name, value in defaults.items() if name == "latent_std"}
+        parts["rule"] = _make(inner, options, None, data)  # the other numbers are the outer one's
+    if "classifier" in _required(cls) and "classifier" not in parts:
         parts["classifier"] = load_classifier("guidance")
     return cls(**parts)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import _cli
+import _steering
 from accelerate import PartialState
 
 from diffsteer.pipelines import (
@@ -37,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default: 20)")
     add_image_options(parser)
     _cli.add_rule_options(parser)
+    _steering.add_setting_options(parser)
+    _steering.add_classifier_options(parser)
     return parser
 
 
@@ -45,7 +48,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="embedded", help="embedded (default), a pipeline folder, or a hub id")
     add("--revision", help="branch, tag or commit of a hub id")
-    add("--weak", help="a weaker model for autoguidance: embedded, or a folder")
+    add("--weak", help="a weaker model for autoguidance: embedded, a folder, or skip:LAYERS")
     add("--out", type=Path, required=True, help="folder to fill; an unfinished run is continued")
     add("--overwrite", action="store_true", help="remove the run that is in the folder")
     add("--classes", default="all", help="class indices or names, dealt out in turn: 0,3,cat")
@@ -149,9 +152,11 @@ def call_from(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     load = read_options(args)
-    _cli.build_rule(args)
+    settings = _steering.settings_from(args)
+    _cli.build_rule(args, **settings)
     setup = load()
-    rule = _cli.build_rule(args, latent_std=getattr(setup.pipe, "latent_std", 1.0))
+    found = {"latent_std": getattr(setup.pipe, "latent_std", 1.0)}
+    rule = _cli.build_rule(args, **found, **_steering.classifier_for(args, setup.pipe), **settings)
     generate_images(
         setup.pipe, setup.requests, args.out, rule=rule, weak=setup.weak, steps=args.steps,
         batch_size=args.batch_size, config=setup.model, call=setup.call, overwrite=args.overwrite,

@@ -44,7 +44,9 @@ def test_what_is_no_rule(rule: Any, text: str) -> None:
 @pytest.mark.parametrize(
     "options, error, text",
     [
-        ({"weak": "transformer"}, TypeError, "weak must be a module"),
+        ({"weak": 3}, TypeError, "weak must be a module"),
+        ({"weak": "transformer"}, FileNotFoundError, "weak: there is no model in the folder"),
+        ({"weak": "skip:9"}, ValueError, "has no layer 9; it has 2 transformer blocks"),
         ({"negative": torch.ones(2)}, TypeError, "negative must be a dictionary"),
         ({"negative": {"prompt": 1}}, TypeError, "no argument prompt; it takes hidden_states"),
         ({"order": "both"}, ValueError, "order must be 'uc'"),
