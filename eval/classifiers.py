@@ -28,10 +28,15 @@ Classifier = TypeVar("Classifier", bound="CifarClassifier")
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What both families share: one name a class, and a factor that keeps early logits small."""
+    """What both families share: one name a class, and a factor that keeps early logits small.
+
+    With ``mirrored`` the network looks at every image and at its mirror image and averages the
+    features (in eval mode; in training the augmentation shows both). It costs two passes.
+    """
 
     class_names: tuple[str, ...] = CIFAR10_CLASSES
     logit_scale: float = 0.125
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -104,7 +109,13 @@ class CifarClassifier(nn.Module):
             )
         if not images.is_floating_point():
             raise TypeError(f"images must be floats in [0, 1], got {images.dtype}; divide by 255")
-        maps: Tensor = self.trunk((images - self.mean) / self.std)
+        images = (images - self.mean) / self.std
+        if self.training or not self.config.mirrored:
+            return self._pooled(images)
+        return (self._pooled(images) + self._pooled(images.flip(-1))) / 2
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.trunk(images)
         return maps.amax((2, 3))
 
     def logits(self, features: Tensor) -> Tensor:
@@ -129,8 +140,9 @@ class CifarClassifier(nn.Module):
 
     @property
     def id(self) -> str:
-        """The family and the first 12 digits of `digest`."""
-        return f"{type(self).__name__}-{self.digest[:12]}"
+        """The family, ``mirrored`` if so, and the first 12 digits of `digest`."""
+        views = "-mirrored" if self.config.mirrored else ""
+        return f"{type(self).__name__}{views}-{self.digest[:12]}"
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write ``config.json`` and ``model.safetensors``; each is written aside, then renamed.

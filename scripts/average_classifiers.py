@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -15,6 +16,12 @@ from diffsteer.training.data import load_images
 from diffsteer.training.weight_average import average_classifiers, measure_statistics
 
 
+def record(folder: Path) -> object:
+    """What a training left in ``folder``, so that the average carries its whole history."""
+    file = folder / RESULT_FILE
+    return json.loads(file.read_text()) if file.exists() else str(folder.name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -22,6 +29,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="results of train_classifier.py")
     parser.add_argument("--shares", type=float, nargs="*", help="one a folder; equal ones if left")
     parser.add_argument("--data", default="uoft-cs/cifar10", help="parquet or image folder, or hub")
+    parser.add_argument("--mirrored", action="store_true", help="average over mirror images too")
     parser.add_argument("--images", type=int, default=10_000, help="that set the statistics")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result")
     args = parser.parse_args()
@@ -29,7 +37,7 @@ def main() -> None:
         if (args.out / RESULT_FILE).exists():
             raise FileExistsError(f"{args.out} holds a finished run; choose another folder")
         parts = [CifarClassifier.from_pretrained(folder) for folder in args.folders]
-        network = average_classifiers(parts, args.shares)
+        network = average_classifiers(parts, args.shares, mirrored=args.mirrored or None)
         train = load_images(args.data, split="train")
         test = load_images(args.data, split="test")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
@@ -45,6 +53,7 @@ def main() -> None:
         "average_of": [part.id for part in parts],
         "shares": args.shares,
         "images": args.images,
+        "parents": [record(folder) for folder in args.folders],
         "versions": {"torch": torch.__version__, "diffsteer": __version__},
     }
     write_json(args.out / RESULT_FILE, result)

@@ -28,8 +28,11 @@ def parse() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     for item in fields(ClassifierTraining):
         name = "--" + item.name.replace("_", "-")
-        choices = item.metadata["choices"] or None
         text = item.metadata["help"]
+        if isinstance(item.default, bool):
+            add(name, action="store_true", help=text)
+            continue
+        choices = item.metadata["choices"] or None
         add(name, type=type(item.default), default=item.default, choices=choices, help=text)
     return parser.parse_args()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,13 @@ def build_classifier(
     """The untrained network; ``images`` uint8 (N, 3, H, W) set a whitening layer if it has one."""
     torch.manual_seed(config.seed)
     if config.arch == "resnet":
-        return CifarResNet(ResNetConfig(class_names=names, width=config.width))
+        return CifarResNet(
+            ResNetConfig(class_names=names, width=config.width, mirrored=config.mirrored)
+        )
     widths = (config.width, 4 * config.width, 4 * config.width)
-    network = CifarPlainNet(PlainNetConfig(class_names=names, widths=widths))
+    network = CifarPlainNet(
+        PlainNetConfig(class_names=names, widths=widths, mirrored=config.mirrored)
+    )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
     some = images[order[:5000]].float() / 255
     network.set_whitening(whitening_filters((some - network.mean) / network.std, 2))
@@ -170,7 +174,10 @@ def train_classifier(
 
 
 def _start_from(network: CifarClassifier, init: CifarClassifier) -> None:
-    if (type(init), init.config) != (type(network), network.config):
+    if (type(init), replace(init.config, mirrored=network.config.mirrored)) != (
+        type(network),
+        network.config,
+    ):
         raise ValueError(
             f"the weights to start from are of a {type(init).__name__} with {init.config}, "
             f"the options say {type(network).__name__} with {network.config}"

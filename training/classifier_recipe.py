@@ -35,12 +35,16 @@ class ClassifierTraining:
     label_smoothing: float = _option(0.1, "share of the target spread over all classes")
     peak: float = _option(0.2, "fraction of the run at which the learning rate is highest")
     translate: int = _option(2, "largest shift of an image in pixels")
+    cutout: int = _option(0, "side of the square that is greyed out in each image; 0 for none")
+    mirrored: bool = _option(False, "let the result average over each image and its mirror image")
     small_size: int = _option(24, "resolution of the first part of the run")
     small_fraction: float = _option(0.5, "fraction of the epochs at the small resolution")
     precision: str = _option("bf16", "arithmetic of the network", choices=("bf16", "fp32"))
     seed: int = _option(0, "of the weights, the order and the augmentation")
 
     def __post_init__(self) -> None:
+        if self.cutout < 0:
+            raise ValueError(f"cutout must not be negative, got {self.cutout}")
         for name in ("width", "epochs", "batch_size", "small_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -74,6 +78,20 @@ def augment(images: Tensor, *, translate: int, flip: Tensor, generator: torch.Ge
     return padded[index, torch.arange(channels).view(1, -1, 1, 1), rows, columns]
 
 
+def cut_out(images: Tensor, side: int, *, generator: torch.Generator) -> Tensor:
+    """Each image with one square of ``side`` pixels set to its own mean colour.
+
+    ``images`` (B, C, H, W). The centre is anywhere in the image, so that part of the square may lie
+    outside (DeVries and Taylor 2017, arXiv 1708.04552, who fill with zeros after normalisation).
+    """
+    batch, _, height, width = images.shape
+    centre = torch.rand(2, batch, 1, generator=generator)
+    rows = (torch.arange(height) - (centre[0] * height).floor() + side // 2) % (4 * height) < side
+    columns = (torch.arange(width) - (centre[1] * width).floor() + side // 2) % (4 * width) < side
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    return torch.where(inside, images.mean((2, 3), keepdim=True), images)
+
+
 def epoch_batches(
     images: Tensor, labels: Tensor, config: ClassifierTraining, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -93,6 +111,8 @@ def epoch_batches(
             return  # a short last batch disturbs BatchNorm; the next epoch leaves out others
         batch = images[rows].float() / 255
         batch = augment(batch, translate=config.translate, flip=mirrored[rows], generator=generator)
+        if config.cutout:
+            batch = cut_out(batch, config.cutout, generator=generator)
         if size != batch.shape[-1]:
             batch = F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
         yield batch.contiguous(memory_format=torch.channels_last), labels[rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,16 @@ __all__ = ["average_classifiers", "measure_statistics"]
 
 
 def average_classifiers(
-    networks: Sequence[CifarClassifier], shares: Sequence[float] | None = None
+    networks: Sequence[CifarClassifier],
+    shares: Sequence[float] | None = None,
+    *,
+    mirrored: bool | None = None,
 ) -> CifarClassifier:
     """A network whose weights are the (weighted) mean of those of ``networks``, in eval mode.
 
     After Izmailov et al. 2018 (arXiv 1803.05407): it helps where the trainings started from the
     same weights. The BatchNorm statistics of a mean of networks are not the mean of theirs: call
-    `measure_statistics` next.
+    `measure_statistics` next. ``mirrored`` changes that option of the result.
 
     Raises:
         ValueError: no networks, networks of different kinds, or shares that do not sum to one.
@@ -37,7 +41,8 @@ def average_classifiers(
         name: sum(share * state[name].double() for share, state in zip(shares, states, strict=True))
         for name in states[0]
     }
-    result = type(networks[0])(networks[0].config)
+    config = networks[0].config
+    result = type(networks[0])(config if mirrored is None else replace(config, mirrored=mirrored))
     result.load_state_dict(mean)
     return result.eval()
 

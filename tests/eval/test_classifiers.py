@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ def test_id_names_family_and_weights(network):
     with torch.no_grad():
         network.head.weight[0, 0] += 1e-3
     assert network.id != before
+
+
+def test_a_mirrored_network_averages_the_features_of_both_views(network, tmp_path):
+    both = type(network)(replace(network.config, mirrored=True))
+    both.load_state_dict(network.state_dict())
+    images = torch.rand(3, 3, 20, 24)
+    views = network.features(images), network.features(images.flip(-1))
+    assert not torch.allclose(*views), "both views look alike: nothing is tested"
+    torch.testing.assert_close(both.eval().features(images), sum(views) / 2)
+    torch.testing.assert_close(both(images), both(images.flip(-1)))
+    assert both.id != network.id and both.digest == network.digest
+    both.save_pretrained(tmp_path, dtype=torch.float32)
+    assert CifarClassifier.from_pretrained(tmp_path).id == both.id
+    assert torch.equal(both.train().features(images), network.train().features(images))
 
 
 def test_class_names(network):

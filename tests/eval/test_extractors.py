@@ -95,6 +95,9 @@ def test_the_embedded_network_sees_each_image_by_itself():
     parts = [extractor(images[order[:7]]), extractor(images[order[7:]])]
     again = torch.cat([part.features for part in parts])
     torch.testing.assert_close(again, whole.features[order], rtol=1e-5, atol=1e-5)
-    assert whole.features.shape == (20, 128) and whole.logits.shape == (20, 10)
+    assert whole.features.shape == (20, extractor.network.feature_size) and whole.logits.shape == (
+        20,
+        10,
+    )
     expected = extractor.network(images.float() / 255)
     torch.testing.assert_close(whole.logits, expected, rtol=1e-4, atol=1e-4)

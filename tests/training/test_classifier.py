@@ -21,6 +21,7 @@ from diffsteer.training.classifier import (
 )
 from diffsteer.training.classifier_recipe import (
     augment,
+    cut_out,
     epoch_batches,
     learning_rate,
     whitening_filters,
@@ -62,6 +63,20 @@ def test_augmented_images_are_shifts_of_the_mirrored_ones():
         assert len(matches) == 1
         seen.update(matches)
     assert len(seen) > 4, "all images moved alike"
+
+
+def test_cutout_greys_one_square():
+    images = torch.rand(200, 3, 12, 12)
+    result = cut_out(images, 5, generator=torch.Generator().manual_seed(0))
+    changed = (result != images).all(1)
+    assert torch.equal((result != images).any(1), changed)
+    means = images.mean((2, 3))
+    heights, widths = changed.any(2).sum(1), changed.any(1).sum(1)
+    assert torch.equal(changed.sum((1, 2)), heights * widths), "not a rectangle"
+    assert heights.min() == widths.min() == 3 and heights.max() == widths.max() == 5
+    assert changed.float().mean(0).min() > 0, "some pixel is never covered"
+    for image, mask, mean in zip(result, changed, means, strict=True):
+        torch.testing.assert_close(image[:, mask], mean[:, None].expand(-1, int(mask.sum())))
 
 
 def test_an_image_is_mirrored_in_every_other_epoch():

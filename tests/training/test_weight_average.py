@@ -31,6 +31,13 @@ def test_the_mean_of_one_network_is_itself():
     assert average_classifiers([network]).id == network.id
 
 
+def test_the_mean_can_look_at_mirror_images_too():
+    first, second = networks(2)
+    mean = average_classifiers([first, second], mirrored=True)
+    assert mean.config.mirrored and not first.config.mirrored
+    assert mean.digest == average_classifiers([first, second]).digest
+
+
 def test_statistics_are_those_of_the_images():
     (network,) = networks(1)
     network.eval()
