@@ -82,7 +82,7 @@ class Share:
 
     def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        shared = values.to(device)
+        shared = values.contiguous().to(device, copy=True)
         dist.all_reduce(shared, how)
         return shared.to(values.device)
 

@@ -58,7 +58,7 @@ def _frechet(given: Inputs, tap: str, metric: str) -> Iterator[Score]:
         value = frechet_distance_from_features(rows, given.tap(tap))
     else:
         value = frechet_distance_to(known.gaussian(), sums.mean, sums.covariance, rank=count - 1)
-    if value == 0:
+    if value <= 1e-12 * float(sums.scatter.trace()) / (count - 1):
         given.warnings.append(f"{name}: zero to rounding error; are these the same images?")
     yield Score(name, value, None, False, count)
 

@@ -1,0 +1,107 @@
+"""Features on disk: found again, never stale, extracted by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+from eval_samples import tensors, tiny_extractor
+from PIL import Image
+
+from diffsteer.eval import Reading
+from diffsteer.eval.cache import FeatureCache
+from diffsteer.eval.features import COLUMNS, extract
+from diffsteer.eval.images import open_images
+from diffsteer.eval.reading import read_features
+
+
+@pytest.fixture
+def stored():
+    return extract(tensors(9), [tiny_extractor()], labels=torch.arange(9), prompts=["p"] * 9)
+
+
+def test_everything_comes_back(stored, tmp_path):
+    cache = FeatureCache(tmp_path)
+    cache.put("key", stored, {"notes": {"grey": 2}})
+    found, note = cache.get("key")
+    assert note == {"notes": {"grey": 2}} and found.taps.keys() == stored.taps.keys()
+    for name in COLUMNS:
+        assert torch.equal(getattr(found, name), getattr(stored, name)), name
+    assert cache.get("other") is None
+    (tmp_path / "key.npz").write_bytes(b"half a file")
+    assert cache.get("key") is None
+
+
+def test_the_least_recently_used_goes_first(stored, tmp_path):
+    cache = FeatureCache(tmp_path)
+    cache.put("a", stored, {})
+    size = (tmp_path / "a.npz").stat().st_size
+    cache.limit = int(2.5 * size)
+    cache.put("b", stored, {})
+    os.utime(tmp_path / "a.npz", (1, 1))
+    os.utime(tmp_path / "b.npz", (2, 2))
+    assert cache.get("a") is not None  # used now
+    cache.put("c", stored, {})
+    assert {path.stem for path in tmp_path.glob("*.npz")} == {"a", "c"}
+
+
+def same_size_and_date(path, colour):
+    """Another picture with the size and date of the one at ``path``."""
+    stat = path.stat()
+    Image.new("RGB", (16, 16), colour).save(path, compress_level=0)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_bytes_are_compared_where_dates_are_not_trusted(make_folder, tmp_path, verify):
+    folder = make_folder("a", 6)
+    for path in (folder / "images").iterdir():
+        Image.new("RGB", (16, 16), (9, 9, 9)).save(path, compress_level=0)
+    cache, net = FeatureCache(tmp_path / "cache", verify=verify), tiny_extractor()
+
+    def read():
+        return read_features(open_images(folder), [net], Reading(workers=0), cache=cache)
+
+    first = read()
+    assert not first.cached and read().cached
+    same_size_and_date(folder / "images" / "000003.png", (200, 9, 9))
+    again = read()
+    assert again.cached is not verify
+    changed = not torch.equal(again.features.colour, first.features.colour)
+    assert changed is verify
+
+
+def test_one_extracts_and_the_other_waits_and_finds_it(make_folder, tmp_path):
+    folder, net = make_folder("a", 6), tiny_extractor()
+    running, most, guard = [0], [0], threading.Lock()
+
+    class Slow:
+        id, space = net.id, net.space
+
+        def __call__(self, images):
+            with guard:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+            time.sleep(0.2)
+            running[0] -= 1
+            return net(images)
+
+    cache, found = FeatureCache(tmp_path / "cache"), []
+    both = [
+        threading.Thread(
+            target=lambda: found.append(
+                read_features(open_images(folder), [Slow()], Reading(workers=0), cache=cache)
+            )
+        )
+        for _ in range(2)
+    ]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert most == [1] and sorted(read.cached for read in found) == [False, True]
+    assert torch.equal(found[0].features.keys, found[1].features.keys)
+    assert not list((tmp_path / "cache").glob(".*"))
