@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.prediction import Level
 from ..core.step import Branch, Guidance, Step, needs_uncond
-from ..core.tensors import per_sample, widen
+from ..core.tensors import widen
 from .anderson import Anderson
 from .checks import check_choice, check_number, check_reached, check_rule
 
@@ -225,7 +225,7 @@ class ManifoldProjectedGuidance:
         known = step.cond if twin else step.need_uncond(type(self).__name__)
         first: Tensor | None = (widen(known) - y) / noise_share
         advance = Anderson(window=self.anderson, damping=self.damping)
-        a = per_sample(size.to(y.dtype), y)
+        a = size.to(y.dtype)  # (), on the CPU: a scalar mixes with any device
         for _ in range(int(self.iterations)):
             image = manifold_operator(
                 velocity("uncond"), velocity("cond"), y, a, twin=twin, first=first

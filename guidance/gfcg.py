@@ -254,8 +254,9 @@ class GradientFreeClassifierGuidance:
             own = self._settle(reference_class(logits, wanted), logits, memory)
             phi = confusion(logits, wanted, own, mode=self.mode, temperature=self.temperature)
         phi = torch.where(phi < self.dead_zone, torch.zeros_like(phi), phi)
-        memory["verdict"] = (own if table is None else table[own], phi)
-        return memory["verdict"]
+        verdict = (own if table is None else table[own], phi)
+        memory["verdict"] = verdict
+        return verdict
 
     def _table(self, memory: dict[str, Any], logits: Tensor) -> Tensor | None:
         """The label map on the classifier's device, copied once a trajectory."""

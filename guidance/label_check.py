@@ -62,7 +62,9 @@ def check_label_map(
             f"{tuple(labels.shape)}"
         )
     with torch.inference_mode():
-        logits = torch.cat([classify(classifier, part).cpu() for part in images.split(batch_size)])
+        logits = torch.cat(
+            [classify(classifier, part).cpu() for part in torch.split(images, batch_size)]
+        )
     labels, table = labels.cpu().long(), None if label_map is None else label_map.cpu()
     require_sound(labels, own_labels(labels, logits.shape[1], table)[1], logits)
     named = logits.argmax(1) if table is None else table[logits.argmax(1)]
@@ -80,8 +82,8 @@ def check_label_map(
 
 def _confused(labels: Tensor, named: Tensor) -> tuple[tuple[int, int, float], ...]:
     found = []
-    for label in labels.unique().tolist():
-        given, counts = named[labels == label].unique(return_counts=True)
+    for label in torch.unique(labels).tolist():
+        given, counts = torch.unique(named[labels == label], return_counts=True)
         top = int(counts.argmax())
         share = float(counts[top]) / int(counts.sum())
         if share > 0.5 and int(given[top]) != label:

@@ -24,7 +24,8 @@ def reliability_figure(result: Calibration, columns: int = 5) -> Any:
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(2.2 * columns, 2.3 * rows + 2.6), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 2.6])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 2.6])
+    top, bottom = parts
     grid = top.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[count:]:
         axes.set_visible(False)

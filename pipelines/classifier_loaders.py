@@ -73,7 +73,7 @@ def transformers_classifier(model: Any, **changes: Any) -> ImageClassifier:
         except (OSError, ValueError) as error:
             raise ValueError(f"classifier: cannot load {name!r}: {_line(error)}") from error
     else:
-        name = str(model.config._name_or_path)
+        name = str(getattr(model.config, "_name_or_path", ""))
     settings = _transformers_preprocessing(transformers, name, changes)
     names = getattr(model.config, "id2label", None)
     return ImageClassifier(model, **{"id2label": names, **settings, **changes})

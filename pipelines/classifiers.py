@@ -130,8 +130,10 @@ def latent_classifier(
         TypeError: see ``ImageClassifier``.
         ValueError: likewise.
     """
-    flat = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
-    return ImageClassifier(network, size=size, interpolation="bilinear", id2label=id2label, **flat)
+    return ImageClassifier(
+        network, size=size, mean=(0.0,) * channels, std=(1.0,) * channels,
+        interpolation="bilinear", id2label=id2label,
+    )  # fmt: skip
 
 
 def clip_classifier(scorer: ClipScorer, texts: Sequence[str]) -> ImageClassifier:

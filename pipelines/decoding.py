@@ -35,7 +35,7 @@ class LatentView:
     """
 
     unpack: Unpack | None
-    vae: nn.Module
+    vae: Any
     scaled: bool = True
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -58,13 +58,13 @@ class ImageDecoder:
     """
 
     view: LatentView
-    vae: nn.Module
+    vae: Any
     frame: int = 0
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Decode; the autoencoder's dtype, the result in float32."""
-        maps = self.view(latents).to(self.vae.dtype)  # type: ignore[call-overload]
-        pixels = self.vae.decode(maps, return_dict=False)[0]  # type: ignore[operator]
+        maps = self.view(latents).to(self.vae.dtype)
+        pixels = self.vae.decode(maps, return_dict=False)[0]
         if pixels.ndim == 5:
             pixels = pixels[:, :, self.frame]
         return clipped_pixels(widen(pixels))
@@ -104,12 +104,12 @@ def image_decoder(
                 "decode= function of your own"
             )
         return clipped_pixels
-    decoder = pipe.vae if vae is None else vae
+    decoder: Any = pipe.vae if vae is None else vae
     if not isinstance(decoder, nn.Module) or not hasattr(decoder, "decode"):
         raise TypeError(
             f"vae must be a diffusers autoencoder, with decode(), got {type(decoder).__name__}"
         )
-    if decoder.dtype == torch.float16 and decoder.config.get("force_upcast", False):  # type: ignore[operator, union-attr]
+    if decoder.dtype == torch.float16 and decoder.config.get("force_upcast", False):
         raise ValueError(
             f"this {type(decoder).__name__} overflows in float16 (its config says force_upcast), "
             "and a classifier would be shown NaN; use pipe.vae.to(torch.bfloat16), or a tiny "

@@ -75,11 +75,10 @@ def steer(
     """
     check_arguments(pipe, rule, weak, order, sign)
     check_supported(pipe)
-    if isinstance(weak, (str, Path)):
-        weak = load_weak(weak, pipe)
+    model = load_weak(weak, pipe) if isinstance(weak, (str, Path)) else weak
     modules = find_denoisers(pipe, denoiser)
     check_negative(negative, modules)
-    return Steering(pipe, rule, modules, weak, negative, order, sign, keep)
+    return Steering(pipe, rule, modules, model, negative, order, sign, keep)
 
 
 class Steering(AbstractContextManager["Steering"]):

@@ -74,14 +74,16 @@ def classes_of(
     return matched, [request.label for request in setup.requests], table
 
 
-def check_data(args: argparse.Namespace, classifier: Any, table: Tensor | None) -> dict[str, Any]:
+def check_data(
+    args: argparse.Namespace, classifier: Any, table: Tensor | None, device: Any
+) -> dict[str, Any]:
     """Accuracy on real images, which says whether classes, size and value range are right."""
     from diffsteer.training.data import load_images
 
     data = load_images(args.data, split=args.split)
     chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
     chosen = chosen[: args.data_num]
-    images = data.pixels[chosen].float() / 255
+    images = data.pixels[chosen].float().div(255).to(device)
     found = check_label_map(classifier, images, data.labels[chosen], label_map=table)
     return {"data": args.data, "count": found.count, "accuracy": found.accuracy}
 
@@ -130,9 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("calibrate.py runs in one process; leave accelerate launch out")
     pipe = setup.pipe
     matched, labels, table = classes_of(args, setup)
-    checked = None if args.data is None else check_data(args, matched, table)
+    checked = None if args.data is None else check_data(args, matched, table, pipe.device)
     found = {"latent_std": getattr(pipe, "latent_std", 1.0)}
     rule = _cli.build_rule(args, **found, **_steering.classifier_for(args, pipe))
+    if args.noisy and getattr(pipe, "vae", None) is not None:
+        raise ValueError("--noisy shows the classifier pixels, but this pipeline works on latents")
     sides = {"height": args.height, "width": args.width}
     decode = None if args.noisy else image_decoder(pipe, **sides)
     shown = {k: v for k, v in vars(args).items() if k not in ("out", "overwrite", "traceback")}

@@ -327,6 +327,7 @@ def step_at(level: Level, **more) -> Step:
         (lambda: ManifoldProjectedGuidance(CFG, iterations=-1), ValueError, "iterations"),
         (lambda: ManifoldProjectedGuidance(CFG, iterations=1.5), ValueError, "whole"),
         (lambda: ManifoldProjectedGuidance(CFG, above=3.0), ValueError, "above"),
+        (lambda: ManifoldProjectedGuidance(CFG, above=600), ValueError, "give 1 - t for a flow"),
         (lambda: ManifoldProjectedGuidance(CFG, step_share=0.0), ValueError, "step_share"),
         (lambda: ManifoldProjectedGuidance(CFG, order="later"), ValueError, "order"),
         (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import diffsteer.guidance as guidance
-from diffsteer.core import GaussianMixture, Guidance, GuidedDenoiser, Level
+from diffsteer.core import GaussianMixture, Guidance, GuidedDenoiser, Level, Step
 from diffsteer.guidance import (
     AdaptiveProjectedGuidance,
     AutoGuidance,
@@ -268,6 +268,31 @@ def test_is_a_frozen_value(name: str) -> None:
     assert all(repr(copy) == repr(rule) for copy in copies)
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(rule, dataclasses.fields(rule)[0].name, 2.0)  # type: ignore[arg-type]
+
+
+def on_no_device(step: int, memory: dict[object, object]) -> Step:
+    """A step whose tensors hold nothing: to read a value of them, or wait for one, is an error."""
+    x, cond, uncond, weak = (torch.empty(4, *SHAPE, device="meta") for _ in range(4))
+    labels = torch.empty(4, dtype=torch.long, device="meta")
+    return Step(
+        x=x, level=Level.flow(SIGMAS[step]), index=step, count=len(SIGMAS), timestep=0.0,
+        cond=cond, uncond=uncond, memory=memory, recorded=lambda name, branch: labels,
+        evaluate=lambda at, branch, **_: cond if branch == "cond" else uncond,
+        evaluate_weak=lambda model, branch, **_: weak, next_level=Level.flow(SIGMAS[step] - 0.1),
+    )  # fmt: skip
+
+
+@ALL
+def test_nothing_waits_for_the_device(name: str) -> None:
+    rule, memory = EXAMPLES[name][0], {}
+    # What a first step has checked, once a trajectory: labels and logits.
+    reference = torch.empty(4, dtype=torch.long, device="meta")
+    if isinstance(rule, GradientFreeClassifierGuidance):
+        memory[id(rule)] = {"verdict": (reference, torch.empty(4, device="meta"))}
+    if isinstance(rule, CalibratedClassifierGuidance):
+        memory["seen", id(rule)] = True
+    for step in range(len(SIGMAS)):
+        assert rule(on_no_device(step, memory)).device.type == "meta"
 
 
 @ALL

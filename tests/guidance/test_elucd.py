@@ -343,6 +343,18 @@ def test_guidance_raises_the_posterior_under_a_deterministic_sampler():
     assert shares == sorted(shares) and shares[-1] > shares[0] + 0.2
 
 
+def climb(classifier, labels=None, **settings):
+    labels = torch.zeros(2) if labels is None else labels
+    rule = CalibratedClassifierGuidance(classifier, labels=labels, decode=as_is, **settings)
+    return rule(make_step(torch.zeros(2, 3), Level.ve(1.0), torch.ones(2, 3)))
+
+
+def test_a_label_map_renumbers_the_classes():
+    table = torch.tensor([5, 9, 2])  # the pipeline's label of each class
+    mapped = climb(as_is, torch.tensor([2, 5]), label_map=table)
+    assert torch.equal(mapped, climb(as_is, torch.tensor([2, 0])))
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [
@@ -387,6 +399,11 @@ def test_guidance_raises_the_posterior_under_a_deterministic_sampler():
             ValueError,
             "logits",
         ),
+        (lambda: climb(lambda x: x * math.nan), ValueError, "NaN"),
+        (lambda: climb(lambda x: x[:, :1]), ValueError, "K > 1"),
+        (lambda: climb(lambda x: x.detach()), ValueError, "without gradients"),
+        (lambda: climb(as_is, labels=torch.tensor([0, 3])), ValueError, r"\[3\] are no classes"),
+        (lambda: climb(as_is, label_map=torch.tensor([4, 0])), ValueError, "2 entries for 3"),
     ],
 )
 def test_bad_input_is_named(call, error, words):

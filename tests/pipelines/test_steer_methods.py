@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import diffusers
 import pytest
 import torch
 from tiny_pipelines import build
@@ -13,6 +16,7 @@ from diffsteer.guidance import (
     CalibratedClassifierGuidance,
     ClassifierFreeGuidance,
     GradientFreeClassifierGuidance,
+    GuidanceInterval,
     ManifoldProjectedGuidance,
 )
 from diffsteer.guidance.cfgmp import flow_sigma
@@ -120,3 +124,38 @@ def test_following_is_none_where_it_cannot_be_told():
     reader = LevelReader(scheduler)
     reader.read(scheduler.timesteps[0])
     assert reader.following(scheduler.timesteps[0]) is None
+
+
+STOCHASTIC = {
+    "DDPM": (diffusers.DDPMScheduler, {}, {}),
+    "Euler ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}, {}),
+    "DDIM with eta": (diffusers.DDIMScheduler, {}, {"eta": 0.5}),
+    "SDE-DPM++": (
+        diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_the_acceleration_refuses_a_solver_that_adds_noise(name):
+    scheduler, settings, options = STOCHASTIC[name]
+    tiny = build("sd")
+    tiny.pipe.scheduler = scheduler.from_config(tiny.pipe.scheduler.config, **settings)
+    fast = ManifoldProjectedGuidance(CFG, iterations=2, anderson=1, above=0.3)
+    with pytest.raises(ValueError, match=r"adds noise.*anderson=0"), steer(tiny.pipe, fast):
+        tiny.call(**options)
+    with steer(tiny.pipe, replace(fast, anderson=0)) as run:  # the plain iteration runs
+        assert torch.isfinite(tiny.call(**options)).all()
+    assert max(record.evaluations for record in run.steps) > 1
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_levels_outside_the_run_are_named(name):
+    tiny = build(name)
+    nowhere = GradientFreeClassifierGuidance(ten_logits, high=1e-9, labels=torch.zeros(2).long())
+    late = ManifoldProjectedGuidance(CFG, above=0.9999999)
+    for rule in (nowhere, late, GuidanceInterval(CFG, high=1e-9)):
+        if name == "sd3" and rule is late:
+            continue  # its first step is pure noise, above any gate
+        with pytest.raises(ValueError, match="no step of this run lies in"), steer(tiny.pipe, rule):
+            tiny.call()

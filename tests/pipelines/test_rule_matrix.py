@@ -1,0 +1,228 @@
+"""Every rule on every family of pipelines: it guides, it is off to the bit, it costs its price."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import REQUIRED, Tiny, build
+from torch import Tensor
+
+from diffsteer import steer
+from diffsteer.core import Guidance, MissingPrediction, needs_uncond
+from diffsteer.guidance import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    CalibratedClassifierGuidance,
+    ClassifierFreeGuidance,
+    GradientFreeClassifierGuidance,
+    GuidanceInterval,
+    ManifoldProjectedGuidance,
+    rules,
+)
+from diffsteer.pipelines import RuleGuider, degraded, install_guider
+
+FAMILIES = (*REQUIRED, "wan", "qwen")
+SEQUENTIAL = ("flux", "qwen", "wan")  # one call a branch; the others batch both
+CFG = ClassifierFreeGuidance(3.0)
+LABELS = torch.tensor([3, 7])
+STEPS = 3
+
+
+def ten_logits(images: Tensor) -> Tensor:
+    return 5 * images.flatten(1)[:, :10]
+
+
+def one_of_two(images: Tensor) -> Tensor:
+    return 5 * images.flatten(1)[:, :2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rule, the same rule doing nothing, and the network calls it adds to a pipeline's own.
+
+    ``extra``: where the pipeline batches both branches, and where it does not; at steps whose flow
+    sigma is greater than ``above``.
+    """
+
+    on: Any
+    off: Any
+    extra: tuple[int, int] = (0, 0)
+    above: float = 0.0
+
+
+def unchanged(latents: Tensor) -> Tensor:
+    return latents
+
+
+def elucd(**settings: Any) -> CalibratedClassifierGuidance:
+    given = {"scale": 0.5, "labels": LABELS, "decode": unchanged, **settings}
+    return CalibratedClassifierGuidance(ten_logits, **given)
+
+
+CASES: dict[str, Case] = {
+    "ClassifierFreeGuidance": Case(CFG, ClassifierFreeGuidance(1.0)),
+    "AdaptiveProjectedGuidance": Case(
+        AdaptiveProjectedGuidance(6.0), AdaptiveProjectedGuidance(1.0)
+    ),
+    "GuidanceInterval": Case(
+        GuidanceInterval(AdaptiveProjectedGuidance(6.0), 0.05),
+        GuidanceInterval(ClassifierFreeGuidance(1.0), 0.05),
+    ),
+    "AutoGuidance": Case(AutoGuidance(2.5), AutoGuidance(1.0), (1, 1)),
+    "GradientFreeClassifierGuidance": Case(
+        GradientFreeClassifierGuidance(
+            one_of_two, 3.0, decode=unchanged, labels=LABELS, mode="const"
+        ),
+        GradientFreeClassifierGuidance(one_of_two, 0.0, decode=unchanged, labels=LABELS),
+        (1, 1),
+    ),
+    "CalibratedClassifierGuidance": Case(elucd(rule=CFG), elucd(scale=0.0)),
+    "ManifoldProjectedGuidance": Case(
+        ManifoldProjectedGuidance(CFG, iterations=2, above=0.5),
+        ManifoldProjectedGuidance(ClassifierFreeGuidance(1.0), iterations=0),
+        # K iterations of two branches, one known, and the pair at the moved sample.
+        (2 * 2 - 1 + 1, 2 * 2 - 1 + 2),
+        above=0.5,
+    ),
+}
+MATRIX = pytest.mark.parametrize("rule", CASES)
+ON = pytest.mark.parametrize("family", FAMILIES)
+
+
+@cache
+def shared(family: str) -> Tiny:
+    return build(family)
+
+
+@cache
+def weak_of(family: str) -> Any:
+    tiny = shared(family)
+    module = getattr(tiny.pipe, tiny.denoisers[0])
+    layer = "mid_block" if tiny.denoisers[0] == "unet" else 0
+    return degraded(module, skip=[layer])
+
+
+def run(family: str, rule: Guidance, **call: Any) -> tuple[Tensor, Any]:
+    tiny = shared(family)
+    given: Any = (
+        {"order": "cu", "sign": 1} if family == "qwen" else {}
+    )  # it renormalises: not measured
+    with steer(tiny.pipe, rule, weak=weak_of(family), **given) as block:
+        return tiny.call(num_inference_steps=STEPS, **call), block
+
+
+@cache
+def plain(family: str, scale: float) -> Tensor:
+    return run(family, ClassifierFreeGuidance(scale))[0]
+
+
+@cache
+def conditions(family: str) -> Any:
+    """What makes the family's model conditional on one of two prompts, from its own calls."""
+    tables: dict[str, Tensor] = {}
+
+    class Look:
+        commutes = True
+
+        def __call__(self, step: Any) -> Tensor:
+            for name in ("encoder_hidden_states", "pooled_projections"):
+                with suppress(MissingPrediction):
+                    tables[name] = step.argument(name).clone()
+            return step.cond
+
+    run(family, Look())
+    return tables
+
+
+def prepared(family: str, rule: Any) -> Any:
+    """GFCG needs to know what makes this model conditional."""
+    if not isinstance(rule, GradientFreeClassifierGuidance):
+        return rule
+    if family == "dit":
+        return replace(rule, classifier=ten_logits, labels=None)
+    return replace(rule, condition=conditions(family), labels=torch.tensor([0, 1]))
+
+
+def test_every_rule_is_in_the_matrix() -> None:
+    assert CASES.keys() == rules().keys()
+
+
+@ON
+@MATRIX
+def test_guides_and_costs_its_price(family: str, rule: str) -> None:
+    latents, block = run(family, prepared(family, CASES[rule].on))
+    assert torch.isfinite(latents).all()
+    base = plain(family, 3.0 if rule in ("CalibratedClassifierGuidance",) else 1.0)
+    assert not torch.allclose(latents, base, rtol=1e-3)
+    own = 2 if family in SEQUENTIAL else 1
+    extra, above = CASES[rule].extra[family in SEQUENTIAL], CASES[rule].above
+    for record in block.steps:
+        flow_sigma = 1 / (1 + 1 / record.ratio)
+        assert record.evaluations == own + (extra if flow_sigma > above else 0)
+    assert block.evaluations == sum(record.evaluations for record in block.steps)
+
+
+@ON
+@MATRIX
+def test_off_is_the_conditional_prediction_to_the_bit(family: str, rule: str) -> None:
+    latents, block = run(family, prepared(family, CASES[rule].off))
+    assert torch.equal(latents, plain(family, 1.0))
+    own = 2 if family in SEQUENTIAL else 1
+    assert {record.evaluations for record in block.steps} == {own}
+
+
+@MATRIX
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_the_same_in_inference_mode(family: str, rule: str) -> None:
+    chosen = prepared(family, CASES[rule].on)
+    latents, _ = run(family, chosen)
+    with torch.inference_mode():
+        again, _ = run(family, chosen)
+    assert torch.equal(again.clone(), latents)
+
+
+@MATRIX
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_without_guidance_only_those_run_that_say_so(family: str, rule: str) -> None:
+    chosen = prepared(family, CASES[rule].on)
+    off = {shared(family).guidance_argument: 1.0}
+    if not needs_uncond(chosen):
+        latents, block = run(family, chosen, **off)
+        assert torch.allclose(latents, run(family, chosen)[0], rtol=1e-3, atol=1e-4)
+        assert all(record.guided for record in block.steps)
+    else:
+        with pytest.raises(MissingPrediction, match="distilled"):
+            run(family, chosen, **off)
+
+
+@MATRIX
+@pytest.mark.parametrize("family", ["modular-sd3", "modular-z-image"])
+def test_as_a_guider_component(family: str, rule: str) -> None:
+    chosen = CASES[rule].on
+    if rule == "ManifoldProjectedGuidance":
+        with pytest.raises(ValueError, match=r"use steer\(pipe, rule\)"):
+            RuleGuider(chosen)
+        return
+    tiny = shared(family)
+    weak = degraded(tiny.pipe.transformer, skip=[0])
+    if rule == "AutoGuidance":
+        chosen = replace(chosen, model=weak)
+    if rule == "GradientFreeClassifierGuidance":
+        if family == "modular-z-image":
+            pytest.skip("its conditions are lists of any length: no table of them")
+        chosen = replace(chosen, condition=conditions(family), labels=torch.tensor([0, 1]))
+    with steer(tiny.pipe, chosen) as block:
+        steered = tiny.call(num_inference_steps=STEPS)
+    guided = build_with(family, chosen).call(num_inference_steps=STEPS)
+    assert block.evaluations and torch.allclose(guided, steered, rtol=1e-4, atol=1e-4)
+
+
+def build_with(family: str, rule: Guidance) -> Tiny:
+    tiny = build(family)
+    install_guider(tiny.pipe, RuleGuider(rule))
+    return tiny
