@@ -4,6 +4,7 @@ from .config import EggrollConfig as EggrollConfig
 from .curves import draw_curves as draw_curves
 from .forward import perturbed as perturbed
 from .hub import Hub as Hub
+from .hub import process_state as process_state
 from .layers import Layer as Layer
 from .layers import find_layers as find_layers
 from .log import FitnessLog as FitnessLog
@@ -41,6 +42,7 @@ __all__ = [
     "make_eggroll",
     "member_noise",
     "perturbed",
+    "process_state",
     "replay",
     "save_lora",
     "save_result",

@@ -14,11 +14,36 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["Hub"]
+__all__ = ["Hub", "process_state"]
 
 FOR_EVER = timedelta(days=7)
+
+
+def process_state(*, cpu: bool = False) -> Any:
+    """Accelerate's ``PartialState``, which on a machine without an accelerator must be told so.
+
+    Args:
+        cpu: use the CPU even where there is an accelerator.
+
+    Raises:
+        ValueError: several processes were launched and accelerate sees one: they would all write
+            the same folder.
+    """
+    from accelerate import PartialState
+
+    bare = not (torch.accelerator.is_available() and torch.accelerator.device_count())
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    state = PartialState(cpu=cpu or asked or bare, timeout=FOR_EVER)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and state.num_processes == 1:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate was set up for one before; make "
+            "PartialState(cpu=True), or process_state(), before anything else does"
+        )
+    return state
 
 
 class Hub:

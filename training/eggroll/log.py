@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from .shaping import Shaped
 
 __all__ = ["FitnessLog", "as_float32", "replay"]
 
+logger = logging.getLogger(__name__)
 FORMAT = "diffsteer-fitness-1"
 
 
@@ -68,6 +70,12 @@ class FitnessLog:
                     f"is {header[odd[0]]}; use another folder"
                 )
             kept = [line for line in self.lines() if line["generation"] < generation]
+            ends = kept[-1]["generation"] + 1 if kept else 0
+            if ends < generation:
+                logger.warning(
+                    "%s lacks generations %d to %d: who joins late must load a checkpoint",
+                    self.path, ends, generation - 1,
+                )  # fmt: skip
         text = "".join(json.dumps(line) + "\n" for line in [header, *kept])
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,8 +118,7 @@ class FitnessLog:
                 if number == len(texts) + 1:
                     return  # a kill in the middle of a line: the generation is made again
                 raise CheckpointError(f"line {number} of {self.path} is damaged") from error
-            if text.endswith("\n"):
-                yield line
+            yield line
 
 
 def replay(eggroll: Eggroll, path: str | Path, *, until: int | None = None) -> int:
@@ -155,8 +162,8 @@ def replay(eggroll: Eggroll, path: str | Path, *, until: int | None = None) -> i
         for name, mine in (("sigma", eggroll.sigma), ("lr", eggroll.lr)):
             if line.get(name) not in (None, mine):
                 raise CheckpointError(
-                    f"generation {generation} of {path} had {name}={line[name]}, here it is {mine}; "
-                    "use the settings of that run"
+                    f"generation {generation} of {path} had {name}={line[name]}, here it is "
+                    f"{mine}; use the settings of that run"
                 )
         values, count = torch.tensor(line["fitness"], dtype=torch.float32).double(), line["count"]
         eggroll.update(Shaped(values, count, line["deviation"]))

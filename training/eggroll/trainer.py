@@ -19,7 +19,7 @@ from ..prompts import Prompt
 from ..rewards import RewardError, RewardSet
 from ..stopping import StopRequest
 from .config import EggrollConfig
-from .hub import Hub
+from .hub import Hub, process_state
 from .log import FitnessLog, as_float32, log_header, replay
 from .members import MemberSampler, Scored
 from .messages import Messages
@@ -289,6 +289,4 @@ def find_component(pipe: Any) -> str:
 
 
 def _connect(config: EggrollConfig) -> Hub:
-    from accelerate import PartialState
-
-    return Hub.connect(PartialState(), timeout=config.rank_timeout)
+    return Hub.connect(process_state(), timeout=config.rank_timeout)
