@@ -1,7 +1,7 @@
 """Evaluation side by side with the programs it replaces: time, error, memory.
 
     python benchmarks/bench_eval.py                        the table at full size (minutes to hours)
-    python benchmarks/bench_eval.py --dim 512 --count 2000 --repeats 1      smaller, says so
+    python benchmarks/bench_eval.py --dim 512 --count 2000 --memory-count 4000 --repeats 1
     python benchmarks/bench_eval.py --only frechet
 
 Every row runs ours and the peer in turns in one process, so that whatever else the machine does
@@ -18,6 +18,7 @@ import contextlib
 import io
 import multiprocessing
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -26,11 +27,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from diffsteer.eval import Moments, frechet_distance, prdc
-from diffsteer.eval.extractors import cifar_extractor
-from diffsteer.eval.suite import EvalSuite
+from diffsteer.eval import (
+    EvalSuite,
+    Moments,
+    Reading,
+    cifar_extractor,
+    evaluate,
+    frechet_distance_from_features,
+    prdc,
+)
+from diffsteer.eval.classifiers import CIFAR10_CLASSES
+from diffsteer.eval.frechet import frechet_distance_of_moments
 
 
 def features(count: int, dim: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -66,19 +76,51 @@ def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> Found:
     }
 
 
-def scipy_distance(a: Moments, b: Moments) -> float:
-    """What ADM, EDM, clean-fid and dgm-eval compute."""
-    import scipy.linalg
+class Peers:
+    """What the other programs do from features to distance; notes what the matrix root alone took.
 
-    root = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy()).real
-    gap = (a.mean - b.mean).numpy()
-    return float(gap @ gap + np.trace((a.covariance + b.covariance).numpy() - 2 * root))
+    The root is all that they do once moments are known, so it is the peer of our distance of
+    moments; the whole is the peer of our distance of features.
+    """
 
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        import scipy.linalg  # noqa: F401  (loading them is not the metric's work)
+        import torchmetrics.image.fid  # noqa: F401
 
-def torchmetrics_distance(a: Moments, b: Moments) -> float:
-    from torchmetrics.image.fid import _compute_fid
+        self.x, self.y = x, y
+        self.roots: dict[str, list[float]] = {"scipy sqrtm": [], "torchmetrics": []}
 
-    return float(_compute_fid(a.mean, a.covariance, b.mean, b.covariance))
+    def scipy(self) -> float:
+        """ADM, EDM, clean-fid and dgm-eval: numpy moments in float64, ``scipy.linalg.sqrtm``."""
+        import scipy.linalg
+
+        sides = [rows.numpy().astype(np.float64) for rows in (self.x, self.y)]
+        means = [rows.mean(0) for rows in sides]
+        covs = [np.cov(rows, rowvar=False) for rows in sides]
+        _, spent, root = timed(lambda: scipy.linalg.sqrtm(covs[0] @ covs[1]).real)
+        self.roots["scipy sqrtm"].append(spent)
+        gap = means[0] - means[1]
+        return float(gap @ gap + np.trace(covs[0] + covs[1] - 2 * root))
+
+    def torchmetrics(self) -> float:
+        """The metric itself in float64, with an identity for a network, in batches."""
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        class Identity(torch.nn.Module):
+            num_features = self.x.shape[1]
+
+            def forward(self, rows: Tensor) -> Tensor:
+                return rows.flatten(1)
+
+        size = (1, 1, self.x.shape[1])
+        metric = FrechetInceptionDistance(feature=Identity(), input_img_size=size)
+        metric.set_dtype(torch.float64)
+        for rows, real in ((self.x, True), (self.y, False)):
+            for batch in rows.double().split(1024):
+                metric.update(batch[:, None, None], real=real)
+        _, spent, value = timed(lambda: float(metric.compute()))
+        self.roots["torchmetrics"].append(spent)
+        return float(value)
 
 
 def exact_distance(x: Tensor, y: Tensor) -> float:
@@ -96,15 +138,21 @@ def bench_frechet(options: argparse.Namespace) -> None:
     for count in (options.count, options.dim // 2):
         x = features(count, options.dim, 1)
         y = features(count + count // 5, options.dim, 2, 1.1)
-        a, b = Moments.of(x), Moments.of(y)
+        a, b, peers = Moments.of(x), Moments.of(y), Peers(x, y)
         truth = exact_distance(x, y)
         calls: dict[str, Callable[[], float]] = {
-            "ours": lambda a=a, b=b: frechet_distance(a.mean, a.covariance, b.mean, b.covariance),
-            "scipy sqrtm": lambda a=a, b=b: scipy_distance(a, b),
-            "torchmetrics": lambda a=a, b=b: torchmetrics_distance(a, b),
+            "ours, from features": lambda x=x, y=y: frechet_distance_from_features(x, y),
+            "scipy sqrtm": peers.scipy,
+            "torchmetrics": peers.torchmetrics,
+            "ours, from moments": lambda a=a, b=b: frechet_distance_of_moments(a, b),
         }
-        title = f"Fréchet distance, d = {options.dim}, N = {count}"
-        report(title, in_turns(calls, options.repeats), truth)
+        found = in_turns(calls, options.repeats)
+        report(f"Fréchet distance, d = {options.dim}, N = {count}", found, truth)
+        alone = found["ours, from moments"][1]
+        for name, spent in peers.roots.items():
+            root = statistics.median(spent)
+            print(f"  {name:24s} {root:19.2f} s cpu of it once moments are known: "
+                  f"{root / alone:.1f} x ours from moments")  # fmt: skip
 
 
 def bench_prdc(options: argparse.Namespace) -> None:
@@ -144,7 +192,7 @@ def peer_prdc(real: Tensor, fake: Tensor) -> dict[str, float]:
 def bench_memory(options: argparse.Namespace) -> None:
     """Peak resident memory beyond the features themselves, each program in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    for count in sorted({options.count, options.memory_count}):
+    for count in sorted({options.count, options.memory_count} - {0}):
         print(f"\nmemory of precision .. coverage, {count} x {count} x {options.dim}")
         for name in ("ours", "prdc"):
             if name == "prdc" and (options.no_prdc or count > options.count):
@@ -194,10 +242,40 @@ def bench_moments(options: argparse.Namespace) -> None:
 
 
 def bench_suite(options: argparse.Namespace) -> None:
-    """All metrics in one pass against torchmetrics' FID alone, through the same network."""
+    """Folders of PNG files to all metrics, against torchmetrics' FID alone from the same files."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / side for side in ("real", "fake")]
+        random = np.random.default_rng(0)
+        for place in places:
+            place.mkdir()
+            for i in range(options.images):
+                label = place / CIFAR10_CLASSES[i % 10]
+                label.mkdir(exist_ok=True)
+                coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                picture = Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC)
+                picture.save(label / f"{i:05d}.png")
+        calls: dict[str, Callable[[], Any]] = {
+            "all metrics, ours": lambda: all_metrics(places),
+            "FID alone, torchmetrics": lambda: fid_alone(places),
+        }
+        found = in_turns(calls, options.repeats)
+    title = f"2 x {options.images} PNG files of 32 px: decode, embedded network, metrics"
+    report(title, found, None)
+    print(f"  metrics: {', '.join(found['all metrics, ours'][2])}")
+    for name, (_, processor, _) in found.items():
+        print(f"  {name:24s} {2 * options.images / processor:8.0f} images a processor second")
+
+
+def all_metrics(places: list[Path]) -> list[str]:
+    metrics = ("fd", "kid", "pr", "dc", "is", "accuracy", "colour", "diversity")
+    suite = EvalSuite(metrics)
+    reading = Reading(workers=0, progress=False)
+    return list(evaluate(places[1], places[0], suite=suite, reading=reading).values)
+
+
+def fid_alone(places: list[Path]) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    images = (torch.rand(options.images, 3, 32, 32) * 255).to(torch.uint8)
     network = cifar_extractor().network.features
 
     class Features(torch.nn.Module):
@@ -206,35 +284,21 @@ def bench_suite(options: argparse.Namespace) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return network(x.float() / 255)
 
-    def theirs() -> float:
-        metric = FrechetInceptionDistance(feature=Features(), input_img_size=(3, 32, 32))
-        metric.set_dtype(torch.float64)
-        for real in (True, False):
-            for batch in images.split(128):
-                metric.update(batch, real=real)
-        return float(metric.compute())
-
-    def ours() -> float:
-        suite = EvalSuite(("fd", "kid", "pr", "dc", "is", "accuracy", "colour"))
-        for real in (True, False):
-            for batch in images.split(128):
-                suite.update(batch, labels=[0] * len(batch), real=real)
-        return suite.compute().values["fd-cifar"]
-
-    calls: dict[str, Callable[[], Any]] = {
-        "all metrics, ours": ours,
-        "FID alone, torchmetrics": theirs,
-    }
-    found = in_turns(calls, options.repeats)
-    report(f"2 x {options.images} images of 32 px through the embedded network", found, None)
-    for name, (_, processor, _) in found.items():
-        print(f"  {name:24s} {2 * options.images / processor:8.0f} images a processor second")
+    metric = FrechetInceptionDistance(feature=Features(), input_img_size=(3, 32, 32))
+    metric.set_dtype(torch.float64)
+    for place, real in zip(places, (True, False), strict=True):
+        files = sorted(place.rglob("*.png"))
+        for start in range(0, len(files), 128):
+            pictures = [np.array(Image.open(f).convert("RGB")) for f in files[start : start + 128]]
+            batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+            metric.update(batch, real=real)
+    return float(metric.compute())
 
 
 def report(title: str, found: Found, truth: float | None) -> None:
     print(f"\n{title}")
     ours = next(iter(found.values()))[1]
-    for name, (wall, processor, value) in found.items():
+    for name, (wall, processor, value) in found.items():  # ratios are to the first row
         line = f"  {name:24s} {wall:8.2f} s wall {processor:8.2f} s cpu {processor / ours:7.2f} x"
         if truth is not None:
             line += f"   error {abs(value - truth) / abs(truth):.1e}"

@@ -1,0 +1,99 @@
+"""How the number of samples changes the scores of one and the same distribution.
+
+    python benchmarks/sample_size.py test.parquet              one half against the other
+    python benchmarks/sample_size.py train.parquet --reference test.parquet --sizes 500 1000 2000
+
+Real images are scored against other real images. Without a reference, a random half of the images
+is the reference of the other half, so the true distance is 0. For each N the images are dealt into
+separate sets of N (at most ``--draws``); printed are mean and standard deviation over the sets.
+Precision and recall compare N with N. Features are extracted once and cached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+
+import torch
+from torch import Tensor
+
+from diffsteer.eval import (
+    Moments,
+    Reading,
+    fd_infinity,
+    frechet_distance_to,
+    kernel_distance,
+    open_images,
+    prdc,
+)
+from diffsteer.eval.cache import FeatureCache
+from diffsteer.eval.features import FeatureSet
+from diffsteer.eval.pretrained import EXTRACTORS, load_extractor
+from diffsteer.eval.reading import read_features
+from diffsteer.eval.reference import statistics_of
+from diffsteer.eval.settings import PROTOCOLS, protocol
+from diffsteer.eval.stats import Statistics
+
+COLUMNS = ("fd", "fd x N / 1000", "fd_infinity", "kid x 1000", "precision", "recall")
+
+
+def scores(real: Statistics, rows: Tensor) -> dict[str, float]:
+    """All columns for one set of feature rows, (N, d)."""
+    reference, count, sums = real.gaussian(), len(rows), Moments.of(rows)
+    fd = frechet_distance_to(reference, sums.mean, sums.covariance, rank=count - 1)
+    found = {"fd": fd, "fd x N / 1000": fd * count / 1000}
+    if count >= 4 * rows.shape[1]:
+        found["fd_infinity"] = fd_infinity(reference, rows).value
+    if real.features is not None:
+        others = real.features.float()[:count]
+        found["kid x 1000"] = 1000 * kernel_distance(real.features.float(), rows).value
+        if len(others) == count:
+            both = prdc(others, rows, 3)
+            found["precision"], found["recall"] = both.precision, both.recall
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("images", help="real images: folder, .zip, .npz, .parquet or hub dataset")
+    add("--reference", help="other real images; default: a random half of the images")
+    add("--sizes", type=int, nargs="+", default=[100, 250, 500, 1000, 2500, 5000, 10_000, 25_000])
+    add("--draws", type=int, default=10, help="sets of each size at most (default: %(default)s)")
+    add("--extractor", default="cifar", choices=sorted(EXTRACTORS))
+    add("--protocol", default="default", choices=sorted(PROTOCOLS))
+    add("--device", default="cpu")
+    options = parser.parse_args()
+    net = load_extractor(options.extractor, protocol(options.protocol), device=options.device)
+
+    def features_of(where: str) -> FeatureSet:
+        found = read_features(open_images(where), [net], Reading(), cache=FeatureCache()).features
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+        return found.canonical().rows(order)
+
+    samples = features_of(options.images)
+    if options.reference is None:
+        half = torch.arange(len(samples)) < len(samples) // 2
+        samples, others = samples.rows(half), samples.rows(~half)
+    else:
+        others = features_of(options.reference)
+    real, everything = statistics_of(others, net, rows=None), samples.taps[f"{net.space}/features"]
+    print(f"{len(everything)} images against {real.count}; {net.id}", file=sys.stderr)
+    print("| N | sets | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    for size in options.sizes:
+        sets = torch.arange(len(everything) // size * size).view(-1, size)[: options.draws]
+        found = [scores(real, everything[rows]) for rows in sets]
+        if not found:
+            continue
+        cells = []
+        for name in COLUMNS:
+            values = [f[name] for f in found if name in f]
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "-")
+        print(f"| {size} | {len(found)} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
