@@ -4,6 +4,8 @@ from .config import METHODS as METHODS
 from .config import ACFlowConfig as ACFlowConfig
 from .config import method_config as method_config
 from .critic import Critic as Critic
+from .grpo_trainer import GRPOConfig as GRPOConfig
+from .grpo_trainer import GRPOTrainer as GRPOTrainer
 from .losses import actor_loss as actor_loss
 from .losses import critic_loss as critic_loss
 from .losses import explained_variance as explained_variance
@@ -22,6 +24,8 @@ __all__ = [
     "ACFlowConfig",
     "ACFlowTrainer",
     "Critic",
+    "GRPOConfig",
+    "GRPOTrainer",
     "RewardShaper",
     "RunningMoments",
     "WarmUp",

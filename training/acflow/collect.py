@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ def collect(
     *,
     steps: int,
     batch: int,
-    replace: Replace | None = None,
+    replace: Callable[[Sequence[int]], Replace | None] = lambda seeds: None,
 ) -> Collected:
     """Sample and score the positions ``mine`` of ``plan``.
 
@@ -57,7 +57,7 @@ def collect(
         mine: positions, in the order in which they are trained on.
         steps: solver steps.
         batch: samples drawn at once.
-        replace: see `Observer`.
+        replace: from the seeds of a batch to what `Observer` takes.
 
     Raises:
         RewardError: a reward gives the wrong number of scores, or no numbers.
@@ -70,7 +70,7 @@ def collect(
         chosen = [prompts[plan.prompts[row]] for row in rows]
         seeds = [plan.seeds[row] for row in rows]
         at = time.monotonic() - began
-        images, observed = sampler(chosen, seeds, steps=steps, replace=replace)
+        images, observed = sampler(chosen, seeds, steps=steps, replace=replace(seeds))
         over = time.monotonic() - began
         sampled.append((at, over))
         runs.append(observed)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 __all__ = ["Features", "condition_features", "feature_sizes"]
 
-CODES = 4096  # class labels and the like are looked up modulo this
+CODES = 1024  # class labels and the like are looked up modulo this
 
 
 def condition_features(arguments: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,6 @@ class Learner:
 
     Attributes:
         measures: of the epoch so far.
-        replace: how sampling differs from the pipeline's own, see `Observer`; here it does not.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class Learner:
         self.optimizer = adam(policy.parameters, config.learning_rate, config.weight_decay)
         self.ema = ExponentialMovingAverage(policy.module, config.ema) if config.ema else None
         self.steps, self._passes = 0, 0
-        self.replace: Replace | None = None
 
     def learn(self, data: Rollouts, targets: Targets, *, epoch: int, rate: float) -> None:
         """All updates of an epoch; ``rate`` is the factor on the actor's learning rate."""
@@ -133,10 +131,19 @@ class Learner:
         guided = other if self.config.train_cfg == "both" else None
         return self.model.guided(network, x, sigma, cond, guided, self.config.guidance_scale)
 
+    def count_passes(self, states: int, guided: bool, reference: bool) -> None:
+        """Note network passes: of the policy, and of the reference where it was asked."""
+        both = guided and self.config.train_cfg == "both"
+        self._passes += states * (2 if both else 1) * (2 if reference else 1)
+
     def pop_evaluations(self) -> int:
         """Network passes of one state each, on all ranks, since it was last asked."""
         passes, self._passes = self._passes, 0
         return passes * self.accelerator.num_processes
+
+    def replace(self, seeds: Sequence[int]) -> Replace | None:
+        """How the samples of these seeds are drawn where not by the pipeline's own solver."""
+        return None
 
     def average(self) -> dict[str, Tensor] | None:
         """The averaged weights by name; None where none are kept."""
@@ -225,8 +232,7 @@ class Learner:
             with self.policy.reference() as network:
                 reference = self.velocity(network, x, part.sigma, cond, uncond)
         policy = self.velocity(self.policy.runner, x, part.sigma, cond, uncond)
-        guided = 1 if uncond is None or config.train_cfg != "both" else 2
-        self._passes += guided * len(x) * (1 if reference is None else 2)
+        self.count_passes(len(x), uncond is not None, reference is not None)
         loss = actor_loss(
             policy,
             part.noise - clean,

@@ -68,14 +68,14 @@ def weight_measures(rows: Tensor, clip: float) -> dict[str, Any]:
         return {"weighed_share": 0.0}
     w, a, s = weights[kept], advantages[kept], sigma[kept]
     place = (s * BINS).long().clamp(0, BINS - 1)
-    spread = [a[place == b].std(unbiased=False) for b in range(BINS)]
+    parts = [a[place == b] for b in range(BINS)]
     return {
         "weighed_share": float(kept.float().mean()),
         "effective_share": float(effective_sample_share(w)),
         "weight_mean": float(w.mean()),
         "weight_max": float(w.max()),
         "clipped_share": float((a.abs() >= clip).float().mean()),
-        "advantage_std": [float(x) if x == x else None for x in spread],
+        "advantage_std": [float(x.std(unbiased=False)) if len(x) > 1 else None for x in parts],
     }
 
 

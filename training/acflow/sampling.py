@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,31 +10,16 @@ import torch
 from torch import Tensor
 
 from ...core.noise import seeded_generators
+from ..pipeline_calls import check_call, guidance_arguments, pipeline_images
 from ..prompts import Prompt, call_inputs
 from .conditioning import Conditioning
 from .features import condition_features
 from .flow_model import FlowModel
 from .observer import Observed, Observer, Replace, check_flow_pipeline, find_denoiser
 
-__all__ = ["Rollouts", "Sampler", "known_features", "pipeline_images"]
+__all__ = ["Rollouts", "Sampler", "known_features"]
 
 PROBE_STEPS = 4
-
-
-def pipeline_images(output: Any, count: int) -> Tensor:
-    """The images of a pipeline's output, (B, 3, H, W) float in [0, 1]; of a video the middle frame.
-
-    Raises:
-        ValueError: it holds another number of images.
-    """
-    images = getattr(output, "images", None)
-    images = getattr(output, "frames", None) if images is None else images
-    if isinstance(images, Tensor) and images.ndim == 5:
-        images = images[:, images.shape[1] // 2]
-    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) != count:
-        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"the pipeline was asked for {count} images and gave {found}")
-    return images.detach().float().clamp(0, 1)
 
 
 @dataclass
@@ -64,7 +48,7 @@ class Sampler:
         check_flow_pipeline(self.pipe)
         self.denoiser = find_denoiser(self.pipe)
         self.call = dict(self.call)
-        self._check_call()
+        check_call(self.pipe, self.call)
 
     @torch.no_grad()
     def __call__(
@@ -87,7 +71,7 @@ class Sampler:
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         arguments: dict[str, Any] = {
-            **self._guidance(scale, len(prompts)),
+            **guidance_arguments(self.pipe, scale, len(prompts), negative=self.inputs is None),
             **(self.inputs(prompts) if self.inputs else call_inputs(self.pipe, prompts)),
             "generator": seeded_generators(seeds),
             "num_inference_steps": steps,
@@ -113,31 +97,6 @@ class Sampler:
         if self.model is None:
             raise RuntimeError("the pipeline took no step")
         return self.model, images, observed
-
-    def _guidance(self, scale: float, count: int) -> dict[str, Any]:
-        taken = inspect.signature(self.pipe.__call__).parameters
-        if "true_cfg_scale" in taken:  # Flux, Qwen: guidance_scale is an input of the network there
-            given = {} if scale <= 1 or self.inputs else {"negative_prompt": [""] * count}
-            return {"true_cfg_scale": scale, **given}
-        if "guidance_scale" in taken:
-            return {"guidance_scale": scale}
-        if scale > 1:
-            raise ValueError(
-                f"guidance_scale: {type(self.pipe).__name__} has no classifier-free guidance; use 1"
-            )
-        return {}
-
-    def _check_call(self) -> None:
-        taken = inspect.signature(self.pipe.__call__).parameters
-        name = type(self.pipe).__name__
-        for needed in ("num_inference_steps", "generator", "output_type"):
-            if needed not in taken:
-                raise ValueError(f"{name} takes no {needed}, so it cannot be trained here")
-        unknown = sorted(set(self.call) - set(taken))
-        if unknown:
-            raise ValueError(
-                f"call: {name} takes no argument {unknown[0]!r}; it takes {', '.join(taken)}"
-            )
 
 
 def known_features(cond: Conditioning, timestep: str) -> dict[str, Tensor]:

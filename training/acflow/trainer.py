@@ -64,6 +64,8 @@ class ACFlowTrainer:
         CheckpointError: ``out`` holds another run, or a damaged checkpoint.
     """
 
+    learner_class: type[Learner] = Learner
+
     def __init__(
         self,
         config: ACFlowConfig,
@@ -134,7 +136,7 @@ class ACFlowTrainer:
         if config.gradient_checkpointing:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
         policy.runner = self.accelerator.prepare_model(module)
-        self.learner = Learner(config, model, policy, observed, images, self.accelerator)
+        self.learner = self.learner_class(config, model, policy, observed, images, self.accelerator)
         self.weights = SamplingWeights(config, self.learner)
 
     def run(self) -> bool:

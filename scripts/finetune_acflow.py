@@ -1,0 +1,180 @@
+r"""Fine-tune a flow model so that its images score higher: AC-Flow, its special cases, or GRPO.
+
+    python scripts/finetune_acflow.py --out runs/bright --reward brightness
+    python scripts/finetune_acflow.py --out runs/jpeg --reward jpeg --method orw --alpha 0.5
+    accelerate launch scripts/finetune_acflow.py --out runs/sd3 --reward pickscore \
+        --model stabilityai/stable-diffusion-3.5-medium --prompts prompts.txt \
+        --call '{"height": 512, "width": 512}' --config sd3.yaml
+
+The same command goes on where a stopped run was. OUT/lora is a LoRA for pipe.load_lora_weights;
+OUT/model a pipeline folder where the pipeline has none. OUT/before_after.png shows the same
+seeds before and after, OUT/curves.png and OUT/metrics.json the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import _cli
+import _config_options as options
+from PIL import Image
+
+from diffsteer.eval import EvalSuite
+from diffsteer.pipelines import files, load_pipeline, takes_classes
+from diffsteer.training.acflow import (
+    METHODS,
+    ACFlowConfig,
+    ACFlowTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+)
+from diffsteer.training.acflow.curves import draw_curves
+from diffsteer.training.acflow.export import before_and_after
+from diffsteer.training.acflow.run_files import read_log
+from diffsteer.training.prompts import class_prompts, read_prompts
+from diffsteer.training.rewards import load_rewards
+
+# What suits the small model inside the package on two cores; the fields' defaults are for others.
+EMBEDDED = {
+    "tune": "full", "learning_rate": 1e-4, "epochs": 60, "prompts_per_epoch": 10,
+    "images_per_prompt": 16, "sample_batch": 160, "updates_per_epoch": 2, "warmup_min": 5,
+    "warmup_max": 10, "ramp": 3, "eval_every": 15, "eval_images": 200,
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the run; an unfinished run goes on")
+    add("--model", default="embedded", help="embedded, a pipeline folder, or a hub id")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base weights")
+    add("--device", help="default: the accelerator if there is one")
+    add("--method", default="acflow", choices=[*METHODS, "grpo"], help="sets other defaults")
+    more: dict[str, Any] = {"nargs": "+", "metavar": "REWARD[:OPTION=VALUE][@WEIGHT]"}
+    add("--reward", required=True, **more, help="what to raise; also package.module:function")
+    add("--held-out", **more, help="what to watch without training on it")
+    add("--prompts", type=Path, help="text file, or JSONL of {prompt, metadata}")
+    add("--eval-prompts", type=Path, help="prompts of evaluations (default: those of training)")
+    add("--classes", help="class names or numbers by commas, for models that take classes")
+    add("--call", type=json.loads, default={}, help="JSON of further arguments of the pipeline")
+    add("--metrics", nargs="*", help="of evaluated images, such as fd diversity (needs the "
+        "embedded model's reference); default: diversity for the embedded model")  # fmt: skip
+    add(
+        "--allow-change", nargs="+", default=[], metavar="FIELD", help="what may differ on resuming"
+    )
+    add("--overwrite", action="store_true", help="remove the run in --out and begin anew")
+    add("--save-only", action="store_true", help="save the newest checkpoint, train nothing")
+    add("--traceback", action="store_true", help="show where an error comes from")
+    options.add_config_options(parser, ACFlowConfig, GRPOConfig)
+    return parser
+
+
+def make_trainer(args: argparse.Namespace) -> ACFlowTrainer:
+    """The run that the command line asks for."""
+    grpo = args.method == "grpo"
+    embedded = args.model == "embedded"
+    settings = GRPOConfig if grpo else ACFlowConfig
+    defaults = {**(EMBEDDED if embedded else {}), **({} if grpo else METHODS[args.method])}
+    config = options.read_config(args, settings, defaults)
+    device = args.device or _cli.default_device()
+    rewards = load_rewards(args.reward, device=device)
+    held_out = load_rewards(args.held_out, device=device) if args.held_out else None
+    dtype = _cli.dtype_for(args.dtype, device)
+    pipe = load_pipeline(args.model, dtype=dtype, device=device, revision=args.revision)
+    metrics = (["diversity"] if embedded else []) if args.metrics is None else args.metrics
+    trainer = GRPOTrainer if grpo else ACFlowTrainer
+    return trainer(
+        config,
+        pipe,
+        prompts_of(pipe, args),
+        rewards,
+        args.out,
+        held_out=held_out,
+        suite=EvalSuite(metrics) if metrics else None,
+        eval_prompts=read_prompts(args.eval_prompts) if args.eval_prompts else None,
+        call=args.call,
+        accelerator=None,
+        allow_change=args.allow_change,
+    )
+
+
+def prompts_of(pipe: Any, args: argparse.Namespace) -> Any:
+    """What the command line asks to show."""
+    if takes_classes(pipe):
+        if args.prompts:
+            raise ValueError(f"--prompts: {type(pipe).__name__} takes classes; give --classes")
+        names = args.classes.split(",") if args.classes else None
+        classes = [int(n) if n.strip().isdigit() else n.strip() for n in names] if names else None
+        return class_prompts(pipe, classes)
+    if args.classes or not args.prompts:
+        raise ValueError(f"{type(pipe).__name__} takes prompts: give --prompts FILE, no --classes")
+    return read_prompts(args.prompts)
+
+
+def write_results(trainer: ACFlowTrainer) -> None:
+    """The model, the pictures and the numbers."""
+    folder = trainer.save()
+    if folder is None:  # not the main rank
+        return
+    out, lines = trainer.out, read_log(trainer.out)
+    judged = [
+        line["evaluation"] | {"epoch": line["epoch"]} for line in lines if "evaluation" in line
+    ]
+    summary = {
+        "result": folder.name,
+        "epochs": trainer.progress.epoch,
+        "evaluations": trainer.progress.evaluations,
+        "seconds": round(sum(line.get("seconds", 0) for line in lines), 1),
+        "judged": judged,
+    }
+    files.write_json(out / "metrics.json", summary)
+    draw_curves(lines, out / "curves.png")
+    before, after = (_pictures(out / "samples" / name) for name in ("before", "after"))
+    if before and after:
+        prompts = trainer.evaluation.prompts
+        heads = [prompts[i % len(prompts)].text for i in range(len(before))]
+        before_and_after(out / "before_after.png", before, after, heads)
+    report(out, folder, judged)
+
+
+def report(out: Path, folder: Path, judged: list[dict[str, Any]]) -> None:
+    """Before and after, as a few lines."""
+    if len(judged) > 1:
+        first, last = judged[0], judged[-1]
+        names = [n for n in first if n in last and n != "epoch" and not n.endswith("_se")]
+        width = max(map(len, names))
+        for name in names:
+            print(f"{name:{width}}  {first[name]:10.4f} -> {last[name]:10.4f}")
+    print(f"{folder} is the result; see also {out / 'before_after.png'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.overwrite and (args.out / "inputs.json").exists():
+        shutil.rmtree(args.out)
+    trainer = make_trainer(args)
+    if not args.save_only and not trainer.run():
+        raise KeyboardInterrupt  # stopped by a signal: reported as every script does
+    write_results(trainer)
+
+
+def _pictures(folder: Path) -> list[Image.Image]:
+    found = []
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as image:
+            found.append(image.copy())
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(_cli.run(main))

@@ -1,0 +1,46 @@
+"""Runs of a second: a tiny class-conditional pipeline, a reward that is quick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_flow import tiny_pipeline
+
+from diffsteer.training.acflow import ACFlowConfig, ACFlowTrainer
+from diffsteer.training.prompts import class_prompts
+from diffsteer.training.rewards import Brightness, RewardSet
+
+SMALL = {
+    "prompts_per_epoch": 2, "images_per_prompt": 4, "sample_steps": 3, "sample_batch": 4,
+    "epochs": 4, "warmup_min": 1, "warmup_max": 1, "ramp": 1, "eval_images": 0,
+    "checkpoint_every": 2, "precision": "fp32", "tune": "full", "rank": 2, "learning_rate": 1e-3,
+    "critic_width": 8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def start(tmp_path):
+    """``start(out="run", **settings)``: a trainer on a fresh tiny pipeline."""
+
+    def make(out: str = "run", *, pipe: Any = None, rewards: Any = None, **settings: Any):
+        named = (
+            "held_out",
+            "suite",
+            "allow_change",
+            "call",
+            "prompts",
+            "inputs",
+            "trainer",
+            "config",
+        )
+        options = {name: settings.pop(name) for name in named if name in settings}
+        pipe = pipe or tiny_pipeline("denoised")
+        prompts = options.pop("prompts", None) or class_prompts(pipe, range(4))
+        rewards = rewards or {"bright": Brightness()}
+        config = options.pop("config", ACFlowConfig)(**{**SMALL, **settings})
+        trainer = options.pop("trainer", ACFlowTrainer)
+        rewards = rewards if isinstance(rewards, RewardSet) else RewardSet(rewards)
+        return trainer(config, pipe, prompts, rewards, tmp_path / out, **options)
+
+    return make
