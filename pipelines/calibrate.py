@@ -73,7 +73,8 @@ def record_stages(
                 _write(path, stages)
             if joined and len(stages) != len(joined):
                 raise ValueError(f"{path} is of another run: remove the folder, or use --overwrite")
-            joined = [a.joined(b) for a, b in zip(joined, stages, strict=True)] or stages
+            pairs = zip(joined, stages, strict=True) if joined else ()
+            joined = [a.joined(b) for a, b in pairs] or stages
             bar.update(len(batch))
     return joined
 

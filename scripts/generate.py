@@ -156,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _cli.build_rule(args, **settings)
     setup = load()
     found = {"latent_std": getattr(setup.pipe, "latent_std", 1.0)}
-    rule = _cli.build_rule(args, **found, **_steering.classifier_for(args, setup.pipe), **settings)
+    found |= _steering.classifier_for(args, setup.pipe) | settings
+    rule = _cli.build_rule(args, **found)
     generate_images(
         setup.pipe, setup.requests, args.out, rule=rule, weak=setup.weak, steps=args.steps,
         batch_size=args.batch_size, config=setup.model, call=setup.call, overwrite=args.overwrite,
