@@ -48,6 +48,11 @@ class FeatureBank:
         self._sums: dict[str, Moments] = {}
         self._shared: tuple[FeatureSet, FeatureSet, dict[str, Moments]] | None = None
 
+    def __len__(self) -> int:
+        """How many samples were added, repeats included."""
+        thin, rows, _ = self._everything()
+        return len(thin) if self.streams else len(rows)
+
     def add(self, features: FeatureSet) -> None:
         """Add samples.
 

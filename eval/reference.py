@@ -35,6 +35,7 @@ class Reference:
     statistics: dict[str, Statistics] = field(default_factory=dict)
     every: FeatureSet | None = None
     sums: dict[str, Moments] = field(default_factory=dict)
+    _found: dict[tuple[str, str], Statistics | None] = field(default_factory=dict, repr=False)
 
     def features(self, space: str) -> Tensor | None:
         """Rows in canonical order, (N, d), or None where only moments are known."""
@@ -48,7 +49,12 @@ class Reference:
         return None if self.samples is None or self.sums else self.features(space)
 
     def gaussian_of(self, space: str, tap: str = "features") -> Statistics | None:
-        """Mean and covariance in a space, or None where nothing is known of it."""
+        """Mean and covariance in a space, computed once, or None where nothing is known of it."""
+        if (space, tap) not in self._found:
+            self._found[space, tap] = self._gaussian_of(space, tap)
+        return self._found[space, tap]
+
+    def _gaussian_of(self, space: str, tap: str) -> Statistics | None:
         known = self.statistics.get(space)
         if known is not None and tap == "features":
             return known

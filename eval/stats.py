@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,15 @@ class Statistics:
         return self.mean.shape[0]
 
     def gaussian(self) -> Gaussian:
-        """The Gaussian that a Fréchet distance is measured to, checked and factored.
+        """The Gaussian that a Fréchet distance is measured to, checked and factored once.
 
         Raises:
             ValueError: if the statistics are not finite, not symmetric or indefinite.
         """
+        return self._gaussian
+
+    @cached_property
+    def _gaussian(self) -> Gaussian:
         try:
             return Gaussian.of(self.mean, self.covariance)
         except ValueError as error:

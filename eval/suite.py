@@ -77,6 +77,7 @@ class EvalSuite:
         self._fake, self._real = (FeatureBank(max_rows, row_dtype) for _ in range(2))
         self._statistics: dict[str, Statistics] = {}
         self._notes: list[str] = []
+        self._known: tuple[int, Reference] | None = None
         self._seconds = 0.0
         if reference is not None:
             self.set_reference(reference, force=force)
@@ -91,7 +92,7 @@ class EvalSuite:
         if not isinstance(reference, Statistics):
             reference, notes = statistics_for(first, reference, force=force)
             self._notes += notes
-        self._statistics[first.space] = reference
+        self._statistics[first.space], self._known = reference, None
 
     def update(
         self,
@@ -147,7 +148,7 @@ class EvalSuite:
             raise ValueError(f"cannot merge a suite with extractors {theirs} into one with {mine}")
         self._fake.merge(other._fake)
         self._real.merge(other._real)
-        self._statistics = {**other._statistics, **self._statistics}
+        self._statistics, self._known = {**other._statistics, **self._statistics}, None
 
     def sync(self) -> None:
         """Share all samples among the ranks of ``torch.distributed``; a rank may have none.
@@ -164,7 +165,7 @@ class EvalSuite:
         self._seconds = 0.0
         if not keep_reference:
             self._real.clear()
-            self._statistics, self._notes = {}, []
+            self._statistics, self._notes, self._known = {}, [], None
 
     def seen(self, *, real: bool = False) -> FeatureSet:
         """The samples so far whose rows are kept, in the order of their content.
@@ -223,6 +224,12 @@ class EvalSuite:
         return EvalResult(scores, meta, warnings, skipped, per_class)
 
     def _reference(self) -> Reference:
+        """What samples are compared with; its moments and factors are kept until it changes."""
+        if self._known is None or self._known[0] != len(self._real):
+            self._known = (len(self._real), self._build_reference())
+        return self._known[1]
+
+    def _build_reference(self) -> Reference:
         real = self._real.samples()
         if len(real):
             return Reference(

@@ -102,6 +102,24 @@ def test_reset_keeps_the_reference_for_training(extractor, pair):
     assert "fd" in suite.compute().skipped
 
 
+def test_the_reference_is_summed_and_factored_once(extractor, pair, monkeypatch):
+    from diffsteer.eval import frechet
+
+    factored = []
+    plain = frechet.covariance_factor
+    monkeypatch.setattr(frechet, "covariance_factor", lambda c: factored.append(1) or plain(c))
+    suite = fed(extractor, tensors(60, 5), pair[0], metrics=("fd",))
+    for seed in (6, 7, 8):
+        suite.compute()
+        suite.reset(keep_reference=True)
+        suite.update(tensors(60, seed))
+        suite.sync()
+    assert len(factored) == 1
+    found = suite.compute()
+    suite.update(tensors(5, 9), real=True)  # another reference: computed again
+    assert suite.compute().values != found.values and len(factored) == 2
+
+
 def test_mixed_sizes_are_resized_one_by_one(extractor):
     small, large = tensors(9, 1), tensors(9, 2, (20, 24))
     suite = suite_of(extractor, ("fd", "colour"))
