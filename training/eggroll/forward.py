@@ -155,7 +155,7 @@ def _swapped(layers: Mapping[str, Layer], sites: Mapping[str, Site]) -> Iterator
             module: Any = layer.module
             if hasattr(module, "_eggroll"):
                 raise ValueError(f"{name} is already perturbed: contexts cannot be nested")
-            kind: type[nn.Module] = type(module)
+            kind: Any = type(module)
             before.append((module, kind))
             module._eggroll = sites[name]
             module.__class__ = lowrank_class(kind)

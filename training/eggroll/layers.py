@@ -12,6 +12,8 @@ from torch import Tensor, nn
 __all__ = ["Layer", "check_layers", "find_layers", "unwrap"]
 
 Names = str | Sequence[str] | None
+# Fusing projections makes new Linear layers, which are born in training mode: harmless.
+_SAME_IN_TRAINING = (nn.Linear, nn.Conv2d, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What takes the place of what when diffusers fuses projections (the old ones stay, unused).
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -121,7 +123,14 @@ def check_layers(model: nn.Module, layers: Mapping[str, Layer], *, lowrank: bool
     """
     model = unwrap(model)
     modules = {_plain(name): module for name, module in model.named_modules()}
-    busy = next((name for name, module in modules.items() if module.training), None)
+    busy = next(
+        (
+            name
+            for name, m in modules.items()
+            if m.training and not isinstance(m, _SAME_IN_TRAINING)
+        ),
+        None,
+    )
     if busy is not None:
         raise ValueError(
             f"{busy or type(model).__name__} is in training mode: dropout would drown the fitness "
@@ -167,10 +176,10 @@ def _refuse_tied(model: nn.Module, layers: Mapping[str, Layer]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(_plain(name))
     for layer in layers.values():
-        for _, parameter in layer.parameters():
-            if len(names[id(parameter)]) > 1:
+        for _, weight in layer.parameters():
+            if len(names[id(weight)]) > 1:
                 raise ValueError(
-                    f"{' and '.join(names[id(parameter)])} are one parameter: tied weights would "
+                    f"{' and '.join(names[id(weight)])} are one parameter: tied weights would "
                     "get two different perturbations; exclude them"
                 )
 
@@ -196,8 +205,3 @@ def _matches(name: str, wanted: Names, if_none: bool = False) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
-
-
-def matrix_of(weight: Tensor) -> Tensor:
-    """A weight as the matrix (m, n) that its noise is drawn for."""
-    return weight.reshape(weight.shape[0], -1)

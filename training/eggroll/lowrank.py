@@ -66,7 +66,7 @@ class _LowRank(nn.Module):
 
 
 @cache
-def lowrank_class(kind: type[nn.Module]) -> type[nn.Module]:
+def lowrank_class(kind: Any) -> type[nn.Module]:
     """The subclass of ``kind`` whose forward adds the low-rank terms."""
     return type(f"LowRank{kind.__name__}", (_LowRank, kind), {"__module__": kind.__module__})
 
@@ -120,7 +120,7 @@ def _through_kernels(conv: nn.Conv2d, site: Site, x: Tensor, b: Tensor) -> Tenso
     if _pointwise(conv):
         return torch.bmm(b, x.flatten(2))
     members, copies, groups, rank = site.layout.members, site.layout.copies, conv.groups, b.shape[1]
-    padding = conv.padding
+    padding: str | int | tuple[int, ...] = conv.padding
     if conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,16 +15,16 @@ from .forward import perturbed
 from .layers import Names, check_layers, find_layers
 from .noise import NoiseFormat
 from .shaping import Shaped, shape_fitness
-from .update import Offsets, es_gradient, total_norm, weights_hash
+from .update import (
+    MakeOptimizer,
+    Offsets,
+    es_gradient,
+    make_optimizer,
+    total_norm,
+    weights_hash,
+)
 
 __all__ = ["Eggroll", "Report"]
-
-MakeOptimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
-_OPTIMIZERS: dict[str, MakeOptimizer] = {
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
-    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
-    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),
-}
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ class Eggroll:
         check_layers(model, self.layers, lowrank=mode == "lowrank")
         check_rank(rank, self.layers.values())
         self.offsets = Offsets(self.layers)
-        make = _OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
-        self.optimizer = make(list(self.offsets.parameters.values()), lr)
+        self.optimizer = make_optimizer(optimizer, list(self.offsets.parameters.values()), lr)
         self.generation = 0
 
     @property

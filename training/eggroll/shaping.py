@@ -103,7 +103,7 @@ def _centred_ranks(values: Tensor, valid: Tensor) -> Tensor:
     counted = seen[..., None, :]
     below = ((other < mine) & counted).sum(-1)
     equal = ((other == mine) & counted).sum(-1)
-    rank = below + (equal - 1) / 2
+    rank = below.double() + (equal - 1) / 2
     last = (seen.sum(-1, keepdim=True) - 1).clamp(min=1)
     return ((rank / last - 0.5) * seen).transpose(1, 2)
 

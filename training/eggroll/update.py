@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,14 @@ from .layers import Layer
 from .noise import NoiseFormat, bias_noise, pair_factors
 from .shaping import Shaped
 
-__all__ = ["Offsets", "es_gradient", "weights_hash"]
+__all__ = ["MakeOptimizer", "Offsets", "es_gradient", "make_optimizer", "weights_hash"]
 
+MakeOptimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+_OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),
+}
 CHUNK = 256  # rows of stacked factors in one product; part of what makes results reproducible
 
 
@@ -134,6 +140,24 @@ class Offsets:
         if now > norm:
             for offset in self.parameters.values():
                 offset.mul_(norm / now)
+
+
+def make_optimizer(
+    which: str | MakeOptimizer, parameters: Iterable[nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    """A torch optimizer by its name, or by a callable (parameters, lr).
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if not isinstance(which, str):
+        return which(parameters, lr)
+    if which not in _OPTIMIZERS:
+        raise ValueError(
+            f"optimizer must be one of {', '.join(_OPTIMIZERS)}, or a callable (parameters, lr), "
+            f"got {which!r}"
+        )
+    return _OPTIMIZERS[which](parameters, lr)
 
 
 @torch.no_grad()
