@@ -109,7 +109,8 @@ class GradientFreeClassifierGuidance:
             pipeline's call.
         condition: what makes the model conditional on the reference: the name of the denoiser's
             label argument; or, for a closed set of prompts, a table for each argument,
-            ``{"encoder_hidden_states": (K, tokens, channels), ...}``, indexed by class.
+            ``{"encoder_hidden_states": (K, tokens, channels), ...}``, indexed by class; tables may
+            be nested as the argument is. ``pipelines.prompt_conditions`` makes them.
         label_map: the pipeline's label of each class of the classifier, (K,); None if the same. See
             ``match_classes`` and ``check_label_map``.
         decode: denoised samples to the classifier's images; ``pixels`` for pixel models, an
@@ -138,7 +139,7 @@ class GradientFreeClassifierGuidance:
     dead_zone: float = 0.0
     cfg_scale: float = 1.0
     labels: Tensor | None = None
-    condition: str | Mapping[str, Tensor] = "class_labels"
+    condition: str | Mapping[str, Any] = "class_labels"
     label_map: Tensor | None = None
     decode: Callable[[Tensor], Tensor] = pixels
     classify_on: Literal["cond", "previous"] = "cond"
@@ -234,7 +235,7 @@ class GradientFreeClassifierGuidance:
     def _condition(self, labels: Tensor) -> dict[str, Any]:
         if isinstance(self.condition, str):
             return {self.condition: labels}
-        return {name: table.to(labels.device)[labels] for name, table in self.condition.items()}
+        return {name: _rows(table, labels) for name, table in self.condition.items()}
 
     def _judge(self, step: Step, memory: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Reference labels in the pipeline's numbering and phi, held between classifications."""
@@ -273,3 +274,10 @@ class GradientFreeClassifierGuidance:
             fresh = torch.where(gain > math.log(self.hysteresis), fresh, last)
         memory["own"] = fresh
         return fresh
+
+
+def _rows(table: Any, labels: Tensor) -> Any:
+    """The rows of a table, or of each of several, on the device of ``labels``."""
+    if isinstance(table, Mapping):
+        return {name: _rows(value, labels) for name, value in table.items()}
+    return table.to(labels.device)[labels]

@@ -8,6 +8,7 @@ from .classifier_loaders import transformers_classifier as transformers_classifi
 from .classifiers import ImageClassifier as ImageClassifier
 from .classifiers import clip_classifier as clip_classifier
 from .classifiers import latent_classifier as latent_classifier
+from .conditions import prompt_conditions as prompt_conditions
 from .d2f_scheduler import D2FScheduler as D2FScheduler
 from .d2f_scheduler import d2f_timesteps as d2f_timesteps
 from .decoding import ImageDecoder as ImageDecoder
@@ -92,6 +93,7 @@ __all__ = [
     "noise_level",
     "plan_images",
     "point_cost",
+    "prompt_conditions",
     "run_settings",
     "run_sweep",
     "steer",

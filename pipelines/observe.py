@@ -184,7 +184,19 @@ def normal(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
+def half_of(value: Any, half: int | None, rows: int) -> Any:
+    """The tensors in ``value`` that have ``rows`` rows, cut to one half of them."""
+
+    def own(leaf: Any) -> Any:
+        whole = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
+        return leaf.chunk(2)[half] if whole and half is not None else leaf
+
+    return tree_map(own, value)
+
+
 def _fill(recorded: Any, value: Any, half: int | None) -> Any:
+    if isinstance(recorded, Mapping) and isinstance(value, Mapping):  # SDXL's added_cond_kwargs
+        return {**recorded, **{k: _fill(recorded.get(k), v, half) for k, v in value.items()}}
     if not isinstance(recorded, Tensor) or not isinstance(value, Tensor):
         return value
     value = value.to(recorded.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.prediction import Kind
 from ..core.step import MissingPrediction
 from .levels import Reading
-from .observe import Call, Recorder, network_input, normal, plain, replay, same_input
+from .observe import Call, Recorder, half_of, network_input, normal, plain, replay, same_input
 from .spaces import as_scheduled
 
 SINGLE, BATCHED, SEQUENTIAL, DOUBLED = "single", "batched", "sequential", "doubled"
@@ -237,10 +237,7 @@ class Predictions:
                 f"the pipeline calls its {type(plain(call.module)).__name__} without {name!r}; its "
                 f"arguments are {', '.join(call.names)}"
             )
-        half = self._half(branch)
-        rows = call.output.shape[0]
-        whole = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
-        return value.chunk(2)[half] if whole and half is not None else value
+        return half_of(value, self._half(branch), call.output.shape[0])
 
     def _place(self, branch: str) -> int:
         return self.order.index(branch[0])
