@@ -83,7 +83,7 @@ def student_noise(
         ValueError: if a sample has no elements, or if the noise overflows ``dtype`` (float16 at
             small D; only then is the result inspected).
     """
-    if not math.prod(shape):
+    if not math.prod(shape) or not (shape or isinstance(generators, Sequence)):
         raise ValueError(f"the noise of an empty sample was asked for: shape {tuple(shape)}")
     if isinstance(generators, Sequence):
         gauss = noise_like_seeds(generators, shape)

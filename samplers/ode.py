@@ -44,6 +44,13 @@ def toward(denoised: Tensor, x: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(denoised, x, float(share))
 
 
+def plus(x: Tensor, gap: Tensor, share: Tensor) -> Tensor:
+    """``x + share * gap`` in one pass; ``share`` has shape ()."""
+    if gap.dtype != x.dtype or share.device.type != "cpu":
+        return x + share * gap
+    return torch.add(x, gap, alpha=float(share))
+
+
 def euler_step(
     denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Memory | None = None
 ) -> Tensor:
@@ -72,12 +79,13 @@ def heun_step(
     step is taken, which is exact there.
     """
     x, denoised = look(denoise, x, sigma)
-    d = slope(x, denoised, sigma)
-    trial = x + (sigma_next - sigma) * d
+    trial = toward(denoised, x, sigma_next / sigma)
     if sigma_next == 0:
         return trial
-    d_next = slope(trial, denoise(trial, sigma_next), sigma_next)
-    return x + (sigma_next - sigma) * (d + d_next) / 2
+    # With the second slope alone one would arrive elsewhere; halfway between the two is the mean.
+    gap = trial - denoise(trial, sigma_next)
+    other = plus(x, gap, (sigma_next - sigma) / sigma_next)
+    return (trial + other) / 2 if trial.dtype != other.dtype else torch.lerp(trial, other, 0.5)
 
 
 def dpmpp_2m_step(

@@ -17,7 +17,7 @@ from diffsteer.core.student import (
     student_log_weights,
     student_noise,
 )
-from diffsteer.samplers import euler_step, heun_step, integrate, karras_sigmas
+from diffsteer.samplers import ChurnStep, euler_step, heun_step, integrate, karras_sigmas
 from diffsteer.samplers.pfgmpp import (
     StudentChurnStep,
     input_scale,
@@ -220,6 +220,43 @@ def test_churn_step_runs_and_arrives():
     torch.testing.assert_close(out, atom.expand(4, 2))
 
 
+def test_churn_raises_the_sample_that_a_rule_has_moved():
+    """A rule that replaces the sample (manifold projection) is heard before noise is added."""
+    atom, there = torch.tensor([[0.3, -0.2]]).double(), torch.tensor([[2.0, 1.0]]).double()
+
+    class Moving:
+        moved = None
+
+        def __call__(self, x, sigma):
+            self.moved = None if sigma > 1 else there.expand_as(x)
+            return atom.expand_as(x)
+
+    step = StudentChurnStep(seeded_generators([1]), augment_dim=8.0, gamma=0.5)
+    one, two = torch.tensor(1.0).double(), torch.tensor(1.5).double()
+    found = step.lift(Moving(), torch.zeros(1, 2).double(), one, two)
+    want = student_raise(there, atom, one, two, 8.0, seeded_generators([1]))
+    torch.testing.assert_close(found, want)
+
+
+def test_both_churning_steps_have_one_gate():
+    """No churn at or below ``low`` and above ``high``: there both are Heun's step."""
+    atom = torch.tensor([[0.3, -0.2]]).double()
+    x = 2 * draw(3, 2, 8.0).double()
+
+    def denoise(at, sigma):
+        return student_denoise(at, atom, sigma, 8.0) + 0.1 * at
+
+    def steps(**gate):
+        gaussian = ChurnStep(torch.randn_like, gamma=0.3, **gate)
+        return gaussian, StudentChurnStep(seeded_generators(range(3)), 8.0, gamma=0.3, **gate)
+
+    for sigma, churns in ((0.5, False), (1.0, True), (2.0, True), (3.0, False)):
+        now, then = (torch.tensor(s).double() for s in (sigma, sigma / 2))
+        for step in steps(low=0.5, high=2.0):
+            same = torch.equal(step(denoise, x, now, then), heun_step(denoise, x, now, then))
+            assert same is not churns
+
+
 def test_input_scale_is_edms_above_two_and_realised_below():
     x = 3 * torch.randn(5, 400)
     torch.testing.assert_close(
@@ -296,14 +333,45 @@ def test_schedulers_are_saved_with_their_dimension(tmp_path):
     assert loaded.augment_dim == 128.0 and loaded.init_noise_sigma == 40.0
 
 
-def test_churn_is_refused_at_finite_dimension():
-    scheduler = PFGMPPEulerScheduler(augment_dim=128.0)
+@pytest.mark.parametrize("cls", [PFGMPPEulerScheduler, PFGMPPHeunScheduler])
+def test_churn_is_refused_at_finite_dimension(cls):
+    scheduler = cls(augment_dim=128.0)
     scheduler.set_timesteps(4)
     x = torch.randn(1, 2)
     t = scheduler.timesteps[0]
     scheduler.scale_model_input(x, t)
     with pytest.raises(ValueError, match=r"s_churn=1.0.*Student-t"):
         scheduler.step(x, t, x, s_churn=1.0)
+
+
+def test_gaussian_churn_at_infinity_is_the_stock_one_and_heun_has_none():
+    from diffusers import EDMEulerScheduler
+
+    found = []
+    for scheduler in (PFGMPPEulerScheduler(), EDMEulerScheduler()):
+        scheduler.set_timesteps(4)
+        x, t = torch.ones(1, 2), scheduler.timesteps[0]
+        scheduler.scale_model_input(x, t)
+        generator = torch.Generator().manual_seed(0)
+        found.append(scheduler.step(x, t, x, s_churn=1.0, generator=generator, return_dict=False))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    heun = PFGMPPHeunScheduler()
+    heun.set_timesteps(4)
+    heun.scale_model_input(x, heun.timesteps[0])
+    with pytest.raises(ValueError, match="deterministic"):
+        heun.step(x, heun.timesteps[0], x, s_churn=1.0)
+
+
+@pytest.mark.gpu
+def test_noise_is_drawn_where_the_generator_lives_and_goes_where_it_is_wanted():
+    want = student_noise(seeded_generators([3]), (5,), 4.0)
+    assert torch.equal(student_noise(seeded_generators([3]), (5,), 4.0, device="cuda").cpu(), want)
+    there = student_noise(torch.Generator("cuda").manual_seed(3), (2, 5), 4.0)
+    assert there.is_cuda and there.isfinite().all()
+    x = torch.zeros(1, 5, device="cuda")
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    raised = student_raise(x, x, one, two, 4.0, seeded_generators([1]))
+    assert raised.is_cuda and raised.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -317,6 +385,10 @@ def test_churn_is_refused_at_finite_dimension():
         (lambda: student_noise(None, (3, 0), 4.0), ValueError, "empty"),
         (lambda: PFGMPPEulerScheduler(augment_dim=INF), ValueError, "None"),
         (lambda: StudentChurnStep([], augment_dim=INF), ValueError, "ChurnStep"),
+        (lambda: StudentChurnStep([], 8.0, low=2.0, high=1.0), ValueError, "low < high"),
+        (lambda: StudentChurnStep([], 8.0, gamma=-0.1), ValueError, "gamma"),
+        (lambda: radius_of(1.0, 0.0), ValueError, "augment_dim"),
+        (lambda: student_noise(None, (), 4.0), ValueError, "empty"),
         (
             lambda: student_noise(seeded_generators(range(200)), (2,), 0.2, dtype=torch.float16),
             ValueError,

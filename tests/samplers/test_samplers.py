@@ -138,6 +138,17 @@ def test_churn_keeps_the_marginal_and_gamma_zero_is_heun():
     torch.testing.assert_close(quiet, integrate(ve_denoise, x, grid, heun_step), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_euler_in_one_pass_is_the_formula(dtype):
+    x, denoised = torch.randn(2, 64, 5, dtype=dtype)
+    for sigma, sigma_next in ((3.0, 2.9), (3.0, 0.1), (0.7, 0.0)):
+        now, then = (torch.tensor(s, dtype=dtype) for s in (sigma, sigma_next))
+        want = denoised + (then / now) * (x - denoised)
+        torch.testing.assert_close(euler_step(lambda *_: denoised, x, now, then), want)
+    low = euler_step(lambda *_: denoised.bfloat16(), x, now, then)  # a narrow network
+    assert low.dtype == dtype
+
+
 def test_trajectory_holds_every_level_and_progress_is_silent(capsys):
     x = torch.randn(2, 3)
     samples = integrate(ve_denoise, x, karras_sigmas(7), heun_step, trajectory=True, progress=True)

@@ -72,6 +72,10 @@ def test_the_newest_checkpoint_can_be_saved_without_training(tmp_path, data):
         (("--batch-size", "0"), "batch_size must be at least 1, got 0"),
         (("--split", "test"), "split='train', now it is 'test'"),
         (("--allow-change", "pace"), "allow_change names 'pace'"),
+        (("--objective", "kdiff"), "objective='flow', now it is 'kdiff'"),
+        (("--k", "1.5"), "k must be learned, auto or a number in [0, 1], got '1.5'"),
+        (("--augment-dim", "0"), "augment_dim must be a positive number, or inf"),
+        (("--init", "nowhere", "--objective", "kdiff"), "now it is 'kdiff'"),
     ],
 )
 def test_errors_are_one_line_and_leave_the_run_as_it_was(tmp_path, data, capsys, options, message):
@@ -82,6 +86,33 @@ def test_errors_are_one_line_and_leave_the_run_as_it_was(tmp_path, data, capsys,
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1
     assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "index"),
+    [
+        (["--objective", "kdiff", "--k", "learned", "--augment-dim", "64"], ("kdiff", 64.0)),
+        (["--objective", "kdiff", "--k", "auto"], ("kdiff", None)),
+        (["--objective", "pfgmpp", "--augment-dim", "128"], ("edm", 128.0)),
+        (["--objective", "pfgmpp", "--augment-dim", "inf"], ("edm", None)),
+    ],
+)
+def test_other_targets_become_pipelines_that_know_them(tmp_path, data, options, index):
+    assert train(data, tmp_path / "run", *options) == 0
+    saved = json.loads((tmp_path / "run" / "model" / "model_index.json").read_text())
+    assert (saved["prediction"], saved["augment_dim"]) == index
+    assert (saved["k"] is not None) == (index[0] == "kdiff")
+    line = json.loads((tmp_path / "run" / "loss.jsonl").read_text().splitlines()[-1])
+    assert ("k" in line) == ("learned" in options)
+    pipe = ClassConditionalPipeline.from_pretrained(tmp_path / "run" / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("bee", seeds=[0], num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_a_start_that_is_not_there_is_named_and_nothing_is_written(tmp_path, data, capsys):
+    assert train(data, tmp_path / "run", "--init", str(tmp_path / "nowhere")) == 2
+    assert "init: there is no pipeline in" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_data_that_is_not_there_is_named(tmp_path, capsys):
