@@ -93,7 +93,9 @@ def _load(
     args: argparse.Namespace, seeds: list[int], prompts: list[str], call: dict[str, Any]
 ) -> Setup:
     # A rank may wait for the slowest one much longer than the ten minutes NCCL would grant it.
-    state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=7))
+    # On CPUs alone the ranks find each other only if it is said that they are on CPUs.
+    on_cpu = (args.device or _cli.default_device()) == "cpu"
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
     device = args.device if args.device and state.num_processes == 1 else state.device
     dtype = _cli.dtype_for(args.dtype, device)
     pipe = load_pipeline(args.model, dtype=dtype, device=device, revision=args.revision)
