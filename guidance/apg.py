@@ -73,8 +73,8 @@ def adaptive_projected(
     push = _push(scale - 1 if form == "paper" else scale, radius, difference, weight)
     guided = axis if form == "paper" else start
     if eta != 1:
-        products = rows * axis if weight is None else rows * (axis * weight)
-        square, along = products.sum(-1, keepdim=True).unbind()
+        weighted = axis if weight is None else axis * weight
+        square, along = (rows * weighted).sum(-1, keepdim=True).unbind()
         guided = torch.addcmul(guided, axis, push * (eta - 1) * (along / square.clamp_min(_TINY)))
         guided.addcmul_(difference, push)
     else:
