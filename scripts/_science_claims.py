@@ -91,7 +91,7 @@ def gfcg(study: Study) -> list[str]:
                 against(study, f"gfcg-{s}", "none", "accuracy"), UP, 1, 100)
         for s in ("1", "2", "4")
     ]  # fmt: skip
-    for s in ("1", "2"):
+    for s in ("1",):
         name = f"cfg2-gfcg-{s}"
         lines += [
             verdict(f"on top of CFG 2, scale {s}: accuracy rises, points",

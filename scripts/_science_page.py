@@ -147,7 +147,7 @@ def _gfcg(study: Study) -> list[str]:
     high = honesty.get("high")
     fitted = (
         f"Fitted by calibration: temperature {honesty.get('temperature')}, guided where "
-        f"sigma / alpha <= {'infinity' if high is None else f'{high:.2f}'}."
+        f"{honesty.get('low')} < sigma / alpha <= {'infinity' if high is None else high}."
     )
     families = ("GFCG-style", "CFG 2 + GFCG-style", "autoguidance + GFCG-style")
     names = ["none", "cfg-2", "cfg-3", *_names(study, *families)]

@@ -35,6 +35,7 @@ class Tools:
     latent_std: float
     steps: int = 20
     temperature: float = 1.0
+    low: float = 0.0
     high: float = float("inf")
 
 
@@ -71,8 +72,9 @@ def gfcg_points(tools: Tools) -> list[SweepPoint]:
 
     def rule(scale: float, **more: Any) -> GradientFreeClassifierGuidance:
         return GradientFreeClassifierGuidance(
-            tools.classifier, scale=scale, temperature=tools.temperature, high=tools.high, **more
-        )
+            tools.classifier, scale=scale, temperature=tools.temperature, low=tools.low,
+            high=tools.high, **more,
+        )  # fmt: skip
 
     def points(name: str, family: str, scales: tuple[float, ...], **more: Any) -> list[SweepPoint]:
         return [_point(f"{name}-{s:g}", rule(s, **more), tools.steps, family, s) for s in scales]
@@ -84,7 +86,7 @@ def gfcg_points(tools: Tools) -> list[SweepPoint]:
     ]  # fmt: skip
     return [
         *points("gfcg", "GFCG-style", (1.0, 2.0, 4.0)),
-        *points("cfg2-gfcg", "CFG 2 + GFCG-style", (1.0, 2.0), combine="cfg", cfg_scale=2.0),
+        *points("cfg2-gfcg", "CFG 2 + GFCG-style", (1.0,), combine="cfg", cfg_scale=2.0),
         *mixed,
     ]
 

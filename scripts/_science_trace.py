@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from diffsteer import steer
 from diffsteer.guidance import ClassifierFreeGuidance, smooth_activations
-from diffsteer.guidance.calibration import calibration_error, fit_temperature
+from diffsteer.guidance.calibration import calibrate
+from diffsteer.guidance.probe import StageLogits
 from diffsteer.pipelines import ImageRequest, SweepPoint, files, trace_rule
 from diffsteer.pipelines.image_folder import plain
 from diffsteer.pipelines.trace import mean_push
@@ -52,58 +54,48 @@ def gaps(
     }
 
 
-def calibrate(
-    pipe: Any, requests: Sequence[ImageRequest], tools: Tools, out: Path
-) -> dict[str, Any]:
+def honesty(pipe: Any, requests: Sequence[ImageRequest], tools: Tools, out: Path) -> dict[str, Any]:
     """How honest the guiding classifier is along unguided trajectories, by input and activation.
 
-    Fits the temperature of GFCG-style guidance on the steps where the classifier is right about at
-    least half as often as at the last one, and guides up to the noise of the first of these.
+    The temperature and the interval that GFCG-style guidance gets are fitted on denoised inputs.
     """
-    file = out / "calibration.json"
-    identity = {
-        "classifier": str(tools.classifier.id),
-        "images": len(requests),
-        "steps": tools.steps,
-    }
+    file, own = out / "calibration.json", tools.classifier
+    identity = {"classifier": str(own.id), "images": len(requests), "steps": tools.steps}
     known = _read(file)
     if known.get("identity") == identity:
         return known
     steps = _unguided(pipe, requests, tools.steps)
-    labels = torch.tensor([request.label for request in requests])
-    networks = {
-        "ReLU": tools.classifier,
-        "softplus": smooth_activations(tools.classifier, beta=5.0),
+    networks = {"ReLU": own, "softplus": smooth_activations(own, beta=5.0)}
+    curves = {
+        f"{given}, {activation}": calibrate(_stages(network, steps, given, requests))
+        for activation, network in networks.items()
+        for given in ("denoised", "noisy")
     }
-    curves: dict[str, Any] = {}
-    for activation, network in networks.items():
-        for given in ("denoised", "noisy"):
-            logits = [_logits(network, step[given]) for step in steps]
-            curves[f"{given}, {activation}"] = {
-                "ece": [calibration_error(part, labels) for part in logits],
-                "accuracy": [float((part.argmax(1) == labels).double().mean()) for part in logits],
-            }
-            if (given, activation) == ("denoised", "ReLU"):
-                own = logits
-    accuracy = curves["denoised, ReLU"]["accuracy"]
-    first = next(index for index, value in enumerate(accuracy) if value >= accuracy[-1] / 2)
-    pooled = torch.cat(own[first:]), labels.repeat(len(own) - first)
-    found = {
+    fitted = curves["denoised, ReLU"]
+    found: dict[str, Any] = {
         "identity": identity,
         "sigma": [step["sigma"] for step in steps],
-        "curves": curves,
-        "temperature": round(fit_temperature(*pooled), 3),
-        # No upper end if the classifier can be trusted from the start.
-        "high": None if first == 0 else _between(steps, first),
+        "temperature": round(fitted.temperature, 3),
+        "low": round(fitted.low, 4),
+        "high": None if math.isinf(fitted.high) else round(fitted.high, 3),
+        "curves": {
+            name: {
+                "ece": [stage.error for stage in curve.stages],
+                "accuracy": [stage.accuracy for stage in curve.stages],
+                "temperature": curve.temperature,
+            }
+            for name, curve in curves.items()
+        },
     }
-    files.write_json(file, plain(found))
+    files.write_json(file, found)
     return found
 
 
-def _between(steps: Sequence[dict[str, Any]], first: int) -> float | None:
-    """A noise-to-signal ratio just above that of step ``first``."""
-    sigma = (steps[first]["sigma"] + steps[first - 1]["sigma"]) / 2
-    return sigma / (1 - sigma) if sigma < 1 else None
+def _stages(
+    network: Any, steps: Sequence[dict[str, Any]], given: str, requests: Sequence[ImageRequest]
+) -> list[StageLogits]:
+    labels = torch.tensor([request.label for request in requests])
+    return [StageLogits(step["ratio"], _logits(network, step[given]), labels) for step in steps]
 
 
 def _unguided(pipe: Any, requests: Sequence[ImageRequest], steps: int) -> list[dict[str, Any]]:
@@ -112,7 +104,12 @@ def _unguided(pipe: Any, requests: Sequence[ImageRequest], steps: int) -> list[d
     with steer(pipe, ClassifierFreeGuidance(1.0), keep=True) as run:
         pipe(labels, seeds=seeds, **call)
     return [
-        {"sigma": record.sigma, "denoised": record.step.cond, "noisy": record.step.x}
+        {
+            "sigma": record.sigma,
+            "ratio": record.ratio,
+            "denoised": record.step.cond,
+            "noisy": record.step.x,
+        }
         for record in run.steps
     ]
 

@@ -20,7 +20,7 @@ import _science_page
 import _science_plots
 import torch
 from _science_points import PARTS, Tools, cfg_points, points_of
-from _science_trace import calibrate, gaps, pushes
+from _science_trace import gaps, honesty, pushes
 
 from diffsteer.eval import EvalSuite, load_classifier, open_images
 from diffsteer.eval.cache import FeatureCache
@@ -132,11 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tools = Tools(load_classifier("guidance").to(device), pipe.latent_std, args.steps)
     requests = plan_images(range(args.samples * args.seeds), pipe=pipe)
     shown = requests[: args.traced]
-    honesty = None
+    fitted = None
     if set(args.parts) & set("bcf"):
-        honesty = calibrate(pipe, shown, tools, args.out)
-        high = float("inf") if honesty["high"] is None else honesty["high"]
-        tools = replace(tools, temperature=honesty["temperature"], high=high)
+        fitted = honesty(pipe, shown, tools, args.out)
+        high = float("inf") if fitted["high"] is None else fitted["high"]
+        tools = replace(tools, temperature=fitted["temperature"], low=fitted["low"], high=high)
     suite, cache = EvalSuite(["fd", "pr", "accuracy", "colour"]), FeatureCache(args.out / "cache")
     points = chosen(args, tools)
     results = run_sweep(
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.samples, args.seeds, args.steps, tuple(args.parts), results, scores,
         pushes(pipe, shown, points, weak, args.out) if "a" in args.parts else {},
         gaps(pipe, shown, points, weak, args.out) if "d" in args.parts else {},
-        honesty, real_colours(args.real, suite, cache), suite.extractors[0].id,
+        fitted, real_colours(args.real, suite, cache), suite.extractors[0].id,
     )  # fmt: skip
     plots = _science_plots.write(study, args.plots or args.out)
     text = _science_page.results(study)

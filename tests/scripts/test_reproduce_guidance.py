@@ -1,0 +1,109 @@
+"""The study of guidance: points, verdicts and the page, without making an image."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import scripts_main
+import torch
+
+from diffsteer.eval import load_classifier
+from diffsteer.eval.half_samples import Estimate
+from diffsteer.guidance import CalibratedClassifierGuidance
+from diffsteer.pipelines import SweepPoint
+
+points = scripts_main.load("_science_points")
+claims = scripts_main.load("_science_claims")
+page = scripts_main.load("_science_page")
+
+
+@pytest.fixture(scope="module")
+def tools():
+    return points.Tools(load_classifier("guidance"), 0.5)
+
+
+def test_every_point_has_a_name_of_its_own(tools):
+    found = points.cfg_points(tools)
+    for part in points.PARTS:
+        found += points.points_of(part, tools)
+    assert len({point.name for point in found}) == len(found)
+    assert all(isinstance(point, SweepPoint) for point in found)
+
+
+@pytest.mark.parametrize(("iterations", "steps"), [(0, 30), (1, 18), (2, 13), (3, 10)])
+def test_equal_evaluations_as_the_authors_count(iterations, steps):
+    # sigmas 1, 1 - 1/N, ...: 11 of 18, 8 of 13 and 6 of 10 are above 0.4
+    gated = {0: 18, 1: 11, 2: 8, 3: 6}[iterations]
+    assert points.budget_steps(iterations) == steps
+    assert 2 * steps + 2 * iterations * gated <= 60
+
+
+def test_the_noisy_input_ablation_differentiates_at_the_sample():
+    from diffsteer.core import Level, Step
+
+    slope = torch.tensor([[1.0, -2.0, 0.5]])
+
+    def classifier(images):  # its gradient is the image, so where it is taken shows
+        first = (images.mean((2, 3)) ** 2 * slope).sum(1)
+        return torch.stack([first, 0 * first], 1)
+
+    rule = CalibratedClassifierGuidance(
+        classifier, scale=0.7, marginal=0.0, sine=0.0, labels=torch.zeros(2, dtype=torch.long)
+    )
+    x, cond = torch.rand(2, 2, 3, 4, 4).mul(0.5).unbind(0)
+    level = Level.flow(torch.tensor(0.5))
+    step = Step(x=x, level=level, index=0, count=2, timestep=500.0, cond=cond)
+    at_x = rule(Step(x=x, level=level, index=0, count=2, timestep=500.0, cond=x)) - x
+    torch.testing.assert_close(points.NoisyInput(rule)(step), cond + at_x)
+    assert not torch.allclose(points.NoisyInput(rule)(step), rule(step))
+
+
+def estimate(value: float, stderr: float) -> Estimate:
+    return Estimate(value, value + stderr * torch.tensor([-1.0, 1.0]) / 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted", "word"),
+    [(-5.0, -1, "held"), (5.0, -1, "failed"), (-1.5, -1, "not decided"), (5.0, 1, "held")],
+)
+def test_a_verdict_is_what_the_interval_says(change, wanted, word):
+    line = claims.verdict("fd falls", estimate(change, 1.0), wanted)
+    assert line == f"- **{word}**: fd falls: {change:+.1f} ± 2.0"
+
+
+def study(pushes, **scores):
+    found = [SimpleNamespace(point=SweepPoint(name, None, 1, "CFG", 1.0)) for name in pushes]
+    return SimpleNamespace(
+        pushes=pushes, of=lambda family: found if family == "CFG" else [],
+        scores={name: {"fd": value} for name, value in scores.items()},
+    )  # fmt: skip
+
+
+def test_scores_at_equal_push_lie_between_those_of_the_neighbours():
+    known = study({"a": 1.0, "b": 3.0, "c": 4.0}, a=estimate(10.0, 1.0), b=estimate(20.0, 3.0),
+                  c=estimate(0.0, 1.0))  # fmt: skip
+    found = claims.at_push(known, 2.5)["fd"]
+    assert found.value == pytest.approx(17.5) and found.stderr == pytest.approx(2.5)
+    assert claims.at_push(known, 0.5) is None and claims.at_push(known, 4.5) is None
+
+
+def test_a_page_is_rewritten_between_its_marks_only(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text(f"# Title\n\n{page.BEGIN}\nold\n{page.END}\n\nend\n")
+    page.rewrite(file, "new\n")
+    page.rewrite(file, "newer\n")
+    assert file.read_text() == f"# Title\n\n{page.BEGIN}\n\nnewer\n\n{page.END}\n\nend\n"
+    file.write_text("# Title\n")
+    with pytest.raises(ValueError, match="must hold one line"):
+        page.rewrite(file, "new")
+    assert file.read_text() == "# Title\n"
+
+
+def test_bad_input_is_one_line(capsys, tmp_path):
+    for arguments, text in (
+        (("--samples", 0), "--samples must be larger, got 0"),
+        (("--halves", 1), "--halves must be larger, got 1"),
+    ):
+        assert scripts_main.run("reproduce_guidance", "--out", tmp_path / "x", *arguments) == 2
+        assert text in capsys.readouterr().err
