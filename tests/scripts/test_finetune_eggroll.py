@@ -39,7 +39,7 @@ def test_one_command_leaves_a_model_a_picture_and_curves(
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert [part["from_generation"] for part in history] == [0, 2]
     assert run("finetune_eggroll", *flags, "--sigma", 0.5) == 2
-    assert "started with sigma=0.01, now it is 0.5" in capsys.readouterr().err
+    assert "started with sigma=0.003, now it is 0.5" in capsys.readouterr().err
 
 
 def test_a_pipeline_of_prompts_needs_prompts(

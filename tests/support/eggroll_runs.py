@@ -16,9 +16,9 @@ from diffsteer.training.prompts import class_prompts
 from diffsteer.training.rewards import Brightness, RewardSet
 
 SMALL = {
-    "steps": 4, "population_size": 8, "sigma": 0.02, "prompts_per_step": 2, "sample_steps": 2,
+    "steps": 4, "population_size": 8, "sigma": 0.02, "lr": 1.0, "prompts_per_step": 2,
     "member_batch_size": 2, "eval_every": 0, "eval_images": 4, "preview_images": 2, "hash_every": 1,
-    "checkpoint_every": 2,
+    "checkpoint_every": 2, "sample_steps": 2,
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def trainer(out: Path, reward: Any = None, *, pipe: Any = None, **options: Any) 
     others = {k: v for k, v in options.items() if k not in names}
     others.setdefault("hub", Hub())
     rewards = RewardSet({"it": Brightness() if reward is None else reward})
-    prompts = others.pop("prompts", None) or class_prompts(pipe, [0, 1, 2])
+    prompts = others.pop("prompts") if "prompts" in others else class_prompts(pipe, [0, 1, 2])
     return EggrollTrainer(config, pipe, rewards, prompts, out, **others)
 
 

@@ -34,10 +34,10 @@ class EggrollConfig:
         ValueError: a value is out of its range, or two contradict; the message names the field.
     """
 
-    steps: int = setting(120, "generations", free=True)
+    steps: int = setting(150, "generations", free=True)
     population_size: int = setting(32, "members of a generation")
-    sigma: float = setting(0.01, "deviation of the perturbation of each weight")
-    lr: float = setting(1.0, "sgd: step in units of sigma; adam, adamw: the step itself")
+    sigma: float = setting(0.003, "deviation of the perturbation of each weight")
+    lr: float = setting(0.2, "sgd: step in units of sigma; adam, adamw: the step itself")
     rank: int = setting(1, "rank of the perturbations")
     antithetic: bool = setting(True, "members come in pairs with opposite noise")
     noise_kind: str = setting("gaussian", "law of the factors", choices=NOISE_KINDS)
@@ -61,7 +61,7 @@ class EggrollConfig:
     images_per_prompt: int = setting(1, "images of each of them")
     common_noise: bool = setting(True, "all members start from the same noise (else all pairs)")
     baseline: bool = setting(False, "centre by the mean parameters, asked for the same images")
-    sample_steps: int = setting(8, "solver steps of an image")
+    sample_steps: int = setting(5, "solver steps of an image")
     guidance_scale: float = setting(1.0, "the pipeline's own guidance; 1 is none")
     images_per_call: int = setting(80, "images sampled at once on each rank", free=True)
     member_batch_size: int = setting(0, "members sampled at once; 0: what images_per_call allows")

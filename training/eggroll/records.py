@@ -152,7 +152,11 @@ class Records:
         results = RewardScores.cat(scores).summary()
         if watched:
             more = RewardScores.cat(watched).summary()
-            results |= {name.replace("reward/", "held_out/", 1): v for name, v in more.items()}
+            results |= {
+                name.replace("reward/", "held_out/", 1): value
+                for name, value in more.items()
+                if not name.startswith("reward/total")  # nobody weighted these
+            }
         append_line(self.out / EVALUATION, {"generation": generation, **results})
         if self.tracker is not None:
             self.tracker.log({f"eval/{n}": v for n, v in results.items()}, step=generation)

@@ -59,6 +59,8 @@ def test_any_pipeline_that_denoises_in_a_loop_can_be_trained(
     tables = []
     for mode in ("lowrank", "materialize"):
         tiny = build(family)
+        if family == "flux":  # the tiny VAE has no shift, which this pipeline asks for
+            tiny.pipe.vae.register_to_config(shift_factor=0.0)
         wanted = ("height", "width", "max_sequence_length")
         call = {name: value for name, value in tiny.inputs().items() if name in wanted}
         run = trainer(
