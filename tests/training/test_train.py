@@ -26,7 +26,8 @@ from diffsteer.training.data import EpochOrder
 from diffsteer.training.draws import draw_batch
 from diffsteer.training.ema import ExponentialMovingAverage, warmed_decay
 from diffsteer.training.network import as_network, build_transformer, train_mode
-from diffsteer.training.trainer import learning_rate_at, make_objective
+from diffsteer.training.objectives import make_objective
+from diffsteer.training.trainer import learning_rate_at
 
 
 def everything(run: Trainer) -> dict[str, torch.Tensor]:
@@ -352,6 +353,8 @@ run.run()
 
 @pytest.mark.slow
 def test_two_ranks_train_like_one(tmp_path, images, config):
+    """With a learned k, whose gradient is shared outside of the wrapped network."""
+    config = replace(config, objective="kdiff", k_rate=0.05, k_freeze=2)
     whole = Trainer(config, images, tmp_path / "one")
     whole.run()
     torch.save(images.pixels, tmp_path / "pixels.pt")
@@ -371,5 +374,13 @@ def test_two_ranks_train_like_one(tmp_path, images, config):
     assert [step for step, _ in two] == [2, 4, 6, 8]
     for (_, a), (_, b) in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+    ks = [
+        [
+            json.loads(line)["k"]
+            for line in (tmp_path / name / "loss.jsonl").read_text().split("\n")[:4]
+        ]
+        for name in ("one", "two")
+    ]
+    assert ks[0] == pytest.approx(ks[1], rel=1e-4) and ks[0][0] != ks[0][1]
     back = Trainer(config, images, tmp_path / "two")  # and one rank takes over from two
     assert back.step == config.steps
