@@ -45,6 +45,7 @@ class Inputs:
     share: Share = field(default_factory=Share)
     warnings: list[str] = field(default_factory=list)
     per_class: dict[str, list[float]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
     neighbours: dict[int, PRDC] = field(default_factory=dict)
 
     def tap(self, name: str = "features") -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .grids import best_and_worst, nearest_real
 from .html import Grid, write_html
 from .images import open_images
-from .plots import precision_recall, sweep_curve
+from .plots import infinity_fit, precision_recall, sweep_curve
 from .report import EvalResult
 from .runs import sweep_axis
 from .suite import EvalSuite
@@ -68,6 +68,8 @@ def write_plots(folder: Path, results: dict[str, EvalResult]) -> list[Path]:
         figures = {name: sweep_curve(pairs, name, axis) for name in sorted(shared)}
     if {"precision", "recall"} <= shared:
         figures["precision_recall"] = precision_recall(pairs)
+    if len(pairs) == 1:
+        figures |= {f"{n}_fit": infinity_fit(pairs[0][1], n) for n in pairs[0][1].curves}
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)

@@ -82,3 +82,26 @@ def class_bars(result: EvalResult, names: Sequence[str] = ()) -> Any:
     axes.set_xticks(range(len(values)), titles, rotation=45, ha="right")
     axes.set(ylabel="accuracy", ylim=(0, 1))
     return figure
+
+
+def infinity_fit(result: EvalResult, metric: str) -> Any:
+    """Distance over 1 / N and the line that meets the axis at infinitely many samples; a Figure.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if the result has no such curve.
+    """
+    if metric not in result.curves:
+        raise ValueError(f"the result has no curve of {metric!r}: score it with fd_infinity")
+    counts, distances = result.curves[metric]
+    figure, axes = _figure()
+    at = [0.0, *(1 / count for count in counts)]
+    value = result.values[metric]
+    # The line of least squares through the points has the value as its intercept.
+    slope = sum(x * (y - value) for x, y in zip(at[1:], distances, strict=True)) / sum(
+        x * x for x in at
+    )
+    axes.plot(at[1:], distances, "o")
+    axes.plot([0.0, max(at)], [value, value + slope * max(at)], "-")
+    axes.set(xlabel="1 / N", ylabel=metric, xlim=(0, None))
+    return figure

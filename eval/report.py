@@ -38,13 +38,17 @@ class Score:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores by name, what was left out and why, warnings, and the meta data of the run."""
+    """Scores by name, what was left out and why, warnings, and the meta data of the run.
+
+    ``curves`` holds the points behind a score: sample counts and distances of ``fd_infinity``.
+    """
 
     scores: dict[str, Score]
     meta: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     per_class: dict[str, list[float]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, float]:
@@ -66,6 +70,7 @@ class EvalResult:
                 "labels": {name: score.label for name, score in self.scores.items()},
                 "higher_is_better": {n: s.higher_is_better for n, s in self.scores.items()},
                 "per_class": self.per_class,
+                "curves": self.curves,
                 "skipped": self.skipped,
                 "warnings": self.warnings,
                 "meta": self.meta,
@@ -158,6 +163,6 @@ def read_result(path: str | Path) -> EvalResult:
                 int(label.rpartition("@")[2]),
             )
         return EvalResult(scores, data["meta"], data["warnings"], data["skipped"],
-                          data["per_class"])  # fmt: skip
+                          data["per_class"], data.get("curves", {}))  # fmt: skip
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no result of evaluate.py: {error}") from error

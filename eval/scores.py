@@ -73,6 +73,7 @@ def fd_inf(given: Inputs) -> Iterator[Score]:
     except ValueError as error:
         raise CannotScore(str(error)) from error
     name = _distance_name("fd", given.space) + "-infinity"
+    given.curves[name] = [found.counts.tolist(), found.distances.tolist()]
     yield Score(name, found.value, found.stderr, False, len(given.tap()))
 
 

@@ -16,7 +16,7 @@ from .decode import as_uint8
 from .extractors import Extractor, cifar_extractor
 from .features import FeatureSet, extract
 from .findings import findings
-from .gather import Share
+from .gather import Share, world_size
 from .inputs import CannotScore, Inputs
 from .reference import Reference, statistics_for
 from .report import EvalResult, Score
@@ -220,8 +220,9 @@ class EvalSuite:
         warnings = [*self._notes, *findings(every, reference, self.settings, self.extractors[0])]
         warnings += [warning for given in inputs for warning in given.warnings]
         per_class = {name: values for given in inputs for name, values in given.per_class.items()}
+        curves = {name: points for given in inputs for name, points in given.curves.items()}
         meta = self._meta(every, reference, time.perf_counter() - start)
-        return EvalResult(scores, meta, warnings, skipped, per_class)
+        return EvalResult(scores, meta, warnings, skipped, per_class, curves)
 
     def _reference(self) -> Reference:
         """What samples are compared with; its moments and factors are kept until it changes."""
@@ -254,6 +255,7 @@ class EvalSuite:
             "scorers": {
                 name: getattr(s, "id", type(s).__name__) for name, s in self.scorers.items()
             },
+            "ranks": world_size(),
             "rows": {"kept": self._fake.max_rows, "dtype": str(self._fake.dtype)},
             "weights": {e.space: e.digest for e in self.extractors},
             "versions": {"torch": torch.__version__},

@@ -158,15 +158,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--k", type=int, help="neighbour of precision, recall, density, coverage")
     add("--labels", help="'from-dirs', or a CSV of file and label; run.json is found by itself")
     add("--prompts", help="text or .jsonl of file and prompt; run.json is found by itself")
-    add(
-        "--scorer",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=(
-            f"scores of images under prompts: {', '.join(SCORERS)}, or NAME=FOLDER for other weights"
-        ),
-    )
+    known = ", ".join(SCORERS)
+    add("--scorer", nargs="+", default=[], metavar="NAME",
+        help=f"scores of images under prompts: {known}; NAME=FOLDER for other weights")  # fmt: skip
     add("--max-rows", type=int, help="features kept for what needs rows; bounds the memory")
     add("--out", type=Path, help="folder for metrics.json (or a .json file)")
     add("--overwrite", action="store_true", help="replace an existing result")
@@ -221,9 +215,11 @@ def make_reading(options: argparse.Namespace) -> Reading:
 def join_ranks() -> None:
     """Set up the process group that ``accelerate launch`` described, if it did."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
         from accelerate import PartialState
 
-        PartialState()
+        # Without cpu=True accelerate takes every process of a CPU-only machine for the only one.
+        PartialState(cpu=not torch.cuda.is_available())
 
 
 def show(results: dict[str, EvalResult], options: argparse.Namespace) -> None:

@@ -117,9 +117,12 @@ def test_accelerate_launch_changes_no_digit(make_folder, tmp_path):
     found = {}
     for count in (1, 2, 4):
         out = tmp_path / f"{count}.json"
+        # Without it accelerate starts one process where there is no GPU.
+        several = ["--multi_gpu", "--main_process_port", "0"] if count > 1 else []
         done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes",
-             str(count), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            [sys.executable, "-m", "accelerate.commands.launch", *several,
+             "--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no",
+             "--dynamo_backend", "no",
              str(program), str(fake), "--reference", str(real), "--metrics", "all",
              "--json", str(out)],
             env=environment, capture_output=True, text=True, timeout=900, check=False,
@@ -128,5 +131,6 @@ def test_accelerate_launch_changes_no_digit(make_folder, tmp_path):
         found[count] = json.loads(out.read_text())
     assert {"fd-tiny", "kid-tiny", "accuracy"} <= found[1]["values"].keys()
     for count in (2, 4):
+        assert found[count]["meta"]["ranks"] == count
         assert found[count]["values"] == found[1]["values"]
         assert found[count]["stderr"] == found[1]["stderr"]

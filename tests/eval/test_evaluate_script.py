@@ -199,3 +199,29 @@ def test_a_random_subset_is_seeded(script, folders, capsys):
     assert first["labels"]["precision"] == "precision@20"
     assert scored(script, capsys, *options)["values"] == first["values"]
     assert scored(script, capsys, *options, "--seed", "1")["values"] != first["values"]
+
+
+def test_prompts_are_scored_from_the_command_line(script, folders, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    from tiny_clip import tiny_clip
+
+    for part in tiny_clip():
+        part.save_pretrained(tmp_path / "clip")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"picture {i % 3}" for i in range(40)))
+    options = [folders[0], "--reference", folders[1], "--scorer", f"clip={tmp_path / 'clip'}"]
+    found = scored(script, capsys, *options, "--prompts", str(prompts))
+    assert found["labels"]["clip"] == "clip@40" and found["stderr"]["clip"] > 0
+    assert found["meta"]["scorers"]["clip"].startswith("clip@")
+    assert "--prompts" in scored(script, capsys, *options)["skipped"]["clip"]
+    assert script.main([folders[0], "--scorer", "beauty"]) == 2
+    assert "beauty" in capsys.readouterr().err
+
+
+def test_bounded_rows_and_a_verified_cache(script, folders, capsys):
+    fake, real = folders
+    whole = scored(script, capsys, fake, "--reference", real)
+    found = scored(script, capsys, fake, "--reference", real, "--max-rows", "20", "--cache-verify")
+    assert found["labels"]["precision"] == "precision@20" and found["meta"]["rows"]["kept"] == 20
+    assert found["values"]["fd-tiny"] == pytest.approx(whole["values"]["fd-tiny"], rel=1e-9)
+    assert found["values"]["accuracy"] == whole["values"]["accuracy"]

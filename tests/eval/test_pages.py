@@ -15,6 +15,8 @@ from PIL import Image
 from diffsteer.eval import EvalSuite, Reading, evaluate
 from diffsteer.eval.images import open_images
 from diffsteer.eval.pages import grids_of, write_page, write_plots
+from diffsteer.eval.plots import infinity_fit
+from diffsteer.eval.report import read_result
 from diffsteer.eval.run import set_reference
 from diffsteer.eval.runs import guidance_scale, incomplete, sweep_axis
 
@@ -110,6 +112,32 @@ def test_plots_are_written_for_a_sweep(sweep, tmp_path):
     written = write_plots(tmp_path / "plots", results)
     assert {"fd-tiny.png", "precision_recall.png"} <= {path.name for path in written}
     assert all(path.stat().st_size > 2000 for path in written)
+
+
+def test_the_line_to_infinitely_many_samples_is_drawn(tmp_path, extractor):
+    suite = EvalSuite(("fd", "fd_infinity"), extractors=extractor)
+    suite.update(tensors(60, 1), real=True)
+    suite.update(tensors(60, 2))
+    result = suite.compute()
+    counts, distances = result.curves["fd-tiny-infinity"]
+    assert counts[-1] == 60 and distances[-1] == pytest.approx(result.values["fd-tiny"])
+    assert read_result_of(result, tmp_path).curves == result.curves
+    (written,) = (p for p in write_plots(tmp_path, {"a": result}) if p.stem.endswith("_fit"))
+    assert written.stat().st_size > 2000
+    page = tmp_path / "report.html"
+    write_page(page, {"a": result}, [])
+    assert "fd-tiny-infinity" in page.read_text()
+    line = infinity_fit(result, "fd-tiny-infinity").axes[0].lines[1]
+    assert line.get_xydata()[0].tolist() == [0, result.values["fd-tiny-infinity"]]
+    fitted = np.polyfit(1 / np.array(counts), distances, 1)
+    assert line.get_xydata()[1][1] == pytest.approx(np.polyval(fitted, line.get_xydata()[1][0]))
+    with pytest.raises(ValueError, match="fd_infinity"):
+        infinity_fit(result, "kid")
+
+
+def read_result_of(result, folder):
+    (folder / "metrics.json").write_text(result.to_json())
+    return read_result(folder / "metrics.json")
 
 
 def test_scales_are_read_through_wrappers(sweep):
