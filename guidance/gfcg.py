@@ -210,9 +210,9 @@ class GradientFreeClassifierGuidance:
         if self.combine == "autoguidance":
             confused = phi >= self.threshold
             label = torch.where(confused, reference, self._labels(step))
-            weak = step.weak(**self._condition(label))
+            weak = step.weak(**self._condition(step, label))
             return cond + (self.cfg_scale - 1) * (cond - weak)
-        contrast = cond - step.predict(branch="cond", **self._condition(reference))
+        contrast = cond - step.predict(branch="cond", **self._condition(step, reference))
         if self.combine == "switch":
             confused = per_sample(phi >= self.threshold, cond)
             plain = torch.zeros_like(cond)
@@ -232,10 +232,14 @@ class GradientFreeClassifierGuidance:
             labels = step.argument(self.condition)
         return one_label_a_sample(labels, step.cond)
 
-    def _condition(self, labels: Tensor) -> dict[str, Any]:
+    def _condition(self, step: Step, labels: Tensor) -> dict[str, Any]:
         if isinstance(self.condition, str):
             return {self.condition: labels}
-        return {name: _rows(table, labels) for name, table in self.condition.items()}
+        memory = step.memory.setdefault(id(self), {})
+        if "tables" not in memory:  # copied to the device once a trajectory
+            memory["tables"] = _each(self.condition, lambda table: table.to(labels.device))
+        rows: dict[str, Any] = _each(memory["tables"], lambda table: table[labels])
+        return rows
 
     def _judge(self, step: Step, memory: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Reference labels in the pipeline's numbering and phi, held between classifications."""
@@ -276,8 +280,8 @@ class GradientFreeClassifierGuidance:
         return fresh
 
 
-def _rows(table: Any, labels: Tensor) -> Any:
-    """The rows of a table, or of each of several, on the device of ``labels``."""
+def _each(table: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``change`` of a table, or of each of several."""
     if isinstance(table, Mapping):
-        return {name: _rows(value, labels) for name, value in table.items()}
-    return table.to(labels.device)[labels]
+        return {name: _each(value, change) for name, value in table.items()}
+    return change(table)

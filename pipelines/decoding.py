@@ -105,7 +105,7 @@ def image_decoder(
             )
         return clipped_pixels
     decoder: Any = pipe.vae if vae is None else vae
-    if not isinstance(decoder, nn.Module) or not hasattr(decoder, "decode"):
+    if not callable(getattr(decoder, "decode", None)):
         raise TypeError(
             f"vae must be a diffusers autoencoder, with decode(), got {type(decoder).__name__}"
         )

@@ -14,6 +14,7 @@ import argparse
 import inspect
 import io
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt-classes", help="the classifier's class of each prompt, in order: 207,281")
     add("--data", help="labelled real images to check the label map on: a folder, or a hub id")
     add("--split", default="test", help="split of --data (default: test)")
+    add("--data-size", type=int, default=32, help="their size in pixels (default: 32)")
     add("--data-num", type=int, default=500, help="how many of them (default: 500)")
     add("--bins", type=int, default=15, help="bins of the reliability diagrams (default: 15)")
     add("--noisy", action="store_true", help="classify the noisy sample, not the prediction")
@@ -80,7 +82,7 @@ def check_data(
     """Accuracy on real images, which says whether classes, size and value range are right."""
     from diffsteer.training.data import load_images
 
-    data = load_images(args.data, split=args.split)
+    data = load_images(args.data, split=args.split, resolution=args.data_size, memory=math.inf)
     chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
     chosen = chosen[: args.data_num]
     images = data.pixels[chosen].float().div(255).to(device)

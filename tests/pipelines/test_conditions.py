@@ -42,7 +42,7 @@ def test_asking_for_another_prompt_is_running_with_it(name: str) -> None:
                 lambda images: images.flatten(1)[:, :3], condition=tables,
                 labels=torch.tensor([0, 1]),
             )  # fmt: skip
-            wanted = rule._condition(torch.tensor([1, 2]))
+            wanted = rule._condition(step, torch.tensor([1, 2]))
             return step.predict(branch="cond", **wanted)
 
     with steer(tiny.pipe, Other()):

@@ -11,9 +11,10 @@ import torch
 from tiny_pipelines import SCALE, WITH_GUIDER, Tiny, build
 from torch import Tensor
 
-from diffsteer.core import Step, to_denoised
+from diffsteer.core import MissingPrediction, Step, to_denoised
 from diffsteer.guidance import (
     AdaptiveProjectedGuidance,
+    AutoGuidance,
     ClassifierFreeGuidance,
     GuidanceInterval,
     LinearScale,
@@ -24,6 +25,7 @@ from diffsteer.pipelines import (
     ClassifierFreeGuider,
     RuleGuider,
     attach,
+    degraded,
     install_guider,
     noise_level,
     steer,
@@ -168,6 +170,21 @@ def test_another_model_may_be_asked() -> None:
     spy_on(tiny, rule)
     tiny.call()
     assert len(differences) == 4 and min(differences) > 0
+
+
+def test_a_rule_without_unconditional_prediction_spares_it() -> None:
+    tiny = build("modular-sd3")
+    weak = degraded(tiny.pipe.transformer, skip=[0])
+    with steer(tiny.pipe, AutoGuidance(2.0), weak=weak):
+        steered = tiny.call()
+    install_guider(tiny.pipe, RuleGuider(AutoGuidance(2.0, model=weak)))
+    assert tiny.pipe.guider.num_conditions == 1
+    ran = calls_of(tiny)
+    assert gap(tiny.call(), steered) < 2e-6
+    assert len(ran) == 8, "one of the model and one of its degraded pass a step"
+    install_guider(tiny.pipe, RuleGuider(AutoGuidance(2.0)))
+    with pytest.raises(MissingPrediction, match=r"steer\(pipe, rule, weak=\.\.\.\)"):
+        tiny.call()
 
 
 def calls_of(tiny: Tiny) -> list[str]:

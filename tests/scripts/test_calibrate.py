@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import scripts_main
 from PIL import Image
+from tiny_pipelines import build
 
 RUN = ("--num", 6, "--steps", 3, "--batch-size", 3, "--device", "cpu", "--classes", "0,1,2")
 
@@ -80,6 +82,33 @@ def test_a_calibration_of_something_else_is_refused(
     out = tmp_path / "images"
     code = scripts_main.run("generate", "--num", 1, "--out", out, "--calibration", folder, *more)
     assert code == 2 and words in capsys.readouterr().err and not out.exists()
+
+
+def test_the_label_map_is_checked_on_real_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    for index, pixels in enumerate(noise):
+        file = tmp_path / "data" / "test" / ("cat" if index % 2 else "dog") / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    assert calibrate(tmp_path / "run", "--data", tmp_path / "data") == 2
+    assert "labelled images right, less than 50%" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "calibration.json").exists()
+
+
+def test_prompts_need_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("sd").pipe.save_pretrained(tmp_path / "sd")
+    run = ("--model", tmp_path / "sd", "--num", 4, "--steps", 2, "--device", "cpu")
+    run = (*run, "--out", tmp_path / "run", "--prompt", "a cat", "--prompt", "a dog")
+    assert scripts_main.run("calibrate", *run) == 2
+    assert "--prompt-classes is missing" in capsys.readouterr().err
+    assert scripts_main.run("calibrate", *run, "--prompt-classes", "3") == 2
+    assert "gives 1 for 2 prompts" in capsys.readouterr().err
+    # Random weights: whether the classifier beats chance is luck, that it was asked is not.
+    scripts_main.run("calibrate", *run, "--prompt-classes", "3,5")
+    with np.load(tmp_path / "run" / "parts" / "000000.npz") as part:
+        assert part["logits"].shape == (2, 4, 2) and part["labels"].tolist() == [0, 1, 0, 1]
 
 
 def test_another_run_in_the_folder_is_left_alone(
