@@ -17,9 +17,13 @@ def make_accelerator(config: TrainConfig, out: Path) -> Any:
     """The ``accelerate.Accelerator`` of a run, with the tracker that the config names."""
     from accelerate import Accelerator
 
-    # Autocast is done in `as_network`, around the network alone, whatever the launcher says.
+    # Autocast is done in `as_network`, around the network alone, whatever the launcher says. On a
+    # machine without an accelerator the ranks find each other only if told that it is the CPU.
     accelerator = Accelerator(
-        mixed_precision="no", log_with=config.log_with or None, project_dir=str(out)
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",
+        log_with=config.log_with or None,
+        project_dir=str(out),
     )
     if config.log_with:
         accelerator.init_trackers("diffsteer", config=asdict(config))
