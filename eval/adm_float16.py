@@ -13,7 +13,7 @@ def prdc_adm_float16(real: Tensor, fake: Tensor, k: int = 3, *, chunk: int = 204
     """Precision, recall, density and coverage from squared distances rounded as ADM rounds them.
 
     ADM casts features to float16, takes ``|u|² - 2 u·v + |v|²`` there, and falls back to float32
-    for a block whose distances overflow. That moves recall by up to 0.005; use it to compare with
+    for a block whose distances overflow. That moves recall by some 0.002; use it to compare with
     numbers that ADM's script printed, and ``prdc`` for everything else. A reconstruction of the
     TensorFlow graph (Dhariwal & Nichol 2021, evaluations/evaluator.py): products are accumulated in
     float32 and rounded, which TensorFlow leaves to the hardware; ADM's blocks are of 10,000 rows,

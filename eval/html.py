@@ -24,7 +24,8 @@ _STYLE = """
 body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; } tr + tr { border-top: 1px solid #8884; }
-figure { display: inline-block; margin: 1rem 1rem 0 0; } figcaption { font-size: .9em; }
+figure { display: inline-block; margin: 1rem 1rem 0 0; width: 30rem; max-width: 100%; }
+figure img { max-width: 100%; } figcaption { font-size: .9em; }
 .grid img { image-rendering: pixelated; margin: 2px; vertical-align: bottom; }
 pre { overflow: auto; background: #8881; padding: 1rem; } .warning { color: #b50; }
 """
@@ -81,7 +82,9 @@ def _table(results: Sequence[tuple[str, EvalResult]]) -> str:
                 "-" if score is None else f"{score.value:.5g}{error} <small>@{score.count}</small>"
             )
             cells.append(f"<td>{value}</td>")
-        rows.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
+        better = next(r.scores[name].higher_is_better for _, r in results if name in r.scores)
+        arrow = {True: " ↑", False: " ↓", None: ""}[better]
+        rows.append(f"<tr><td>{html.escape(name)}{arrow}</td>{''.join(cells)}</tr>")
     return f"<table><tr><th>metric</th>{heads}</tr>{''.join(rows)}</table>"
 
 
