@@ -312,6 +312,57 @@ def test_gaussian_limit_is_diffusers_edm_euler():
     assert torch.equal(ours, theirs)
 
 
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize("name", ["flow", "flow-dpm", "ddim", "edm-dpm"])
+def test_stock_schedulers_need_the_right_prior_and_nothing_else(name):
+    """Each carries the same Student-t samples to where a fine Heun grid carries them."""
+    import diffusers
+
+    augment_dim, steps = 4.0, 200
+    scheduler = {
+        "flow": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+        "flow-dpm": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW),
+        "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+        "edm-dpm": lambda: diffusers.EDMDPMSolverMultistepScheduler(sigma_max=50.0),
+    }[name]()
+    scheduler.set_timesteps(steps)
+    unit = draw(300, 2, augment_dim, seed=3).double()
+    if name == "ddim":
+        kept = scheduler.alphas_cumprod.double()
+        alphas = kept[scheduler.timesteps].sqrt()
+        sigmas, x = (1 - alphas**2).sqrt(), (1 - kept[scheduler.timesteps[0]]).sqrt() * unit
+        start = float(sigmas[0] / alphas[0])
+    elif name == "edm-dpm":
+        sigmas, alphas, start = scheduler.sigmas.double(), torch.ones(steps).double(), 50.0
+        x = 50 * unit
+    else:
+        sigmas = scheduler.sigmas[:steps].double().clamp_max(0.999)
+        alphas, x = 1 - sigmas, sigmas[0] * unit
+        start = float(sigmas[0] / alphas[0])
+    ends = x.float()
+    for i, t in enumerate(scheduler.timesteps):
+        alpha, sigma = alphas[i], sigmas[i]
+        denoised = student_denoise(ends.double() / alpha, ATOMS, sigma / alpha, augment_dim)
+        noise = (ends.double() - alpha * denoised) / sigma
+        if name == "edm-dpm":
+            scheduler.scale_model_input(ends, t)
+            output = raw_output(scheduler, ends.double(), sigma, denoised)
+        else:
+            output = noise if name == "ddim" else noise - denoised
+        ends = scheduler.step(output.float(), t, ends).prev_sample
+    want = integrate(
+        lambda at, s: student_denoise(at, ATOMS, s, augment_dim),
+        start * unit,
+        karras_sigmas(200, 0.002, start),
+        heun_step,
+    )
+    near, known = (torch.cdist(e.double(), ATOMS).argmin(1) for e in (ends, want))
+    assert (near == known).float().mean() > 0.97
+    assert torch.cdist(ends.double(), ATOMS).min(1).values.median() < 0.05
+
+
 def test_add_noise_has_the_law_and_takes_noise_that_has_it_already():
     scheduler = PFGMPPEulerScheduler(augment_dim=3.0)
     scheduler.set_timesteps(10)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffsteer.core import GuidedDenoiser, Level
+from diffsteer.core import GaussianMixture, GuidedDenoiser, Level
 from diffsteer.samplers import (
     AncestralStep,
     ChurnStep,
@@ -238,6 +238,29 @@ def test_log_likelihood_converges_to_a_gaussians_with_order_two():
         log_likelihood(ve_denoise, x, grids[0], probes=probes),
         log_likelihood(ve_denoise, x, grids[0]),
     )
+
+
+def test_log_likelihood_of_a_mixture_is_its_log_density():
+    """Exactly in two dimensions, and on average by Hutchinson's estimate."""
+    data = GaussianMixture(
+        torch.tensor([[-1.0, 0.2], [0.8, -0.5], [0.3, 1.0]]).double(),
+        torch.tensor([0.3, 0.5, 0.2]).double(),
+        torch.tensor([0.5, 0.3, 0.2]).double(),
+    )
+    x = torch.tensor([[-1.0, 0.0], [0.5, 0.5], [1.5, -1.0]], dtype=torch.float64)
+    want = data.log_density(x, Level.ve(0.01))
+    grid = karras_sigmas(250, 0.01, 1e3)[:-1]
+
+    def denoise(at, sigma):
+        return data.denoise(at, Level.ve(sigma))
+
+    torch.testing.assert_close(log_likelihood(denoise, x, grid), want, rtol=0, atol=8e-3)
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randint(0, 2, (1, 600, 2), generator=generator).double() * 2 - 1
+    many = log_likelihood(denoise, x.repeat(200, 1), grid, probes=probes).view(200, 3)
+    error = many.std(0) / math.sqrt(200)
+    assert ((many.mean(0) - want).abs() < 4 * error + 8e-3).all()
+    assert (error > 1e-4).any()  # an estimate it is
 
 
 @pytest.mark.parametrize(
