@@ -326,9 +326,10 @@ def test_compiles_without_a_graph_break() -> None:
     cond, uncond = pair()
     compiled = torch.compile(adaptive_projected, backend="eager", fullgraph=True)
     settings = {"radius": 1.0, "momentum": -0.5, "previous": torch.randn_like(cond)}
-    torch.testing.assert_close(
-        compiled(cond, uncond, 4.0, **settings)[0], apg(cond, uncond, 4.0, **settings)
-    )
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            guided = compiled(cond, uncond, 4.0, **settings)[0]
+            torch.testing.assert_close(guided, apg(cond, uncond, 4.0, **settings))
 
 
 # The rule: radius, memory, and what it asks for.
