@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _targets_plots import plot_curves
 from _targets_points import Point, Points, interval, table
 from torch import Tensor, nn
 
@@ -106,6 +107,7 @@ def kdiff_part(study: Study, points: Points, seeds: int) -> str:
         loss = interval(sum(c[1] for c in r["curve"][-10:]) / len(r["curve"][-10:]) for r in runs)
         scores = [interval(column, d) for column, d in _columns(runs)]
         rows.append([k, interval((r["target"]["k"] for r in runs), 3), loss, *scores])
+    plot_curves(found, points.folder / "curves.png")
     head = ["k", "k at the end", "velocity loss", "fd-cifar ↓", "class accuracy ↑"]
     return f"{table(head, rows)}\n\n{_track(found, seeds)}"
 
@@ -117,7 +119,7 @@ def _track(found: dict[str, Point], seeds: int) -> str:
         curve = found[f"k-learned-{seed}"]["curve"]
         marks = [curve[round(share * (len(curve) - 1))] for share in (0, 0.05, 0.1, 0.25, 0.5, 1)]
         rows.append([seed, *(f"{k:.3f} ({step:.0f})" for step, _, k in marks)])
-    return "Learned k (at update):\n\n" + table(["seed", *[" "] * 6], rows)
+    return "Learned k (at update):\n\n" + table(["seed", "start", *[" "] * 4, "end"], rows)
 
 
 def _columns(runs: list[Point]) -> list[tuple[list[float], int]]:
