@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsteer.core import seeded_generators
+from diffsteer.core import seeded_noise
 from diffsteer.training.data import derive_seed
 from diffsteer.training.eggroll import Shaped, find_layers, shape_fitness
 from diffsteer.training.eggroll.questions import Questions
@@ -89,11 +89,17 @@ class DenseEvolution:
 def differentiable_images(pipe: Any, asked: Questions, steps: int) -> Tensor:
     """The images of a class-conditional pipeline with their gradient: Euler steps of the flow."""
     labels = torch.tensor(call_inputs(pipe, asked.prompts)["class_labels"])
-    x = pipe._noise(len(asked), seeded_generators(asked.seeds), None, torch.device("cpu"))
+    network, size = pipe.transformer, pipe.transformer.config.sample_size
+    device = network.device
+    x = seeded_noise(asked.seeds, (network.config.in_channels, size, size), device=device)
+    labels = labels.to(device)
     levels = torch.linspace(1, 1 / steps, steps).tolist()
     for sigma, after in zip(levels, [*levels[1:], 0.0], strict=True):
-        velocity = pipe._predict(x, torch.tensor(sigma), labels)
-        x = x + (after - sigma) * velocity
+        level = torch.tensor(sigma, device=device)
+        output = network(
+            x, timestep=(level * 1000).expand(len(x)), class_labels=labels, return_dict=False
+        )[0]
+        x = x + (after - sigma) * pipe.velocity(output.float(), x, level)
     return (x / 2 + 0.5).clamp(0, 1)
 
 
@@ -105,7 +111,6 @@ def reward_gradient(
     weights = {name: layer.module.weight for name, layer in layers.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    pipe._guidance_scale = 1.0
     kernel = torch.nn.attention.SDPBackend.MATH  # the others' backward is slow on the CPU
     with torch.enable_grad(), torch.nn.attention.sdpa_kernel(kernel):
         value = reward(differentiable_images(pipe, asked, steps), asked).mean()

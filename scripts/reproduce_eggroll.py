@@ -55,10 +55,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/eggroll"), help="folder (default: out/eggroll)")
-    add("--passes", type=int, default=25600, help="rows through the network in a run (25600)")
+    add("--passes", type=int, default=16000, help="rows through the network in a run (16000)")
     add("--gradient-passes", type=int, default=3000, help="the same of the gradient's runs (3000)")
     add("--seeds", type=int, default=1, help="runs of each kind (default: 1)")
-    add("--populations", type=int, nargs="+", default=[8, 32, 128], help="default: 8 32 128")
+    add("--populations", type=int, nargs="+", default=[8, 32, 64], help="default: 8 32 64")
     add("--ranks", type=int, nargs="+", default=[1, 4, 16], help="default: 1 4 16")
     add("--sigma", type=float, default=0.003, help="deviation of the perturbations (0.003)")
     add("--lr", type=float, default=0.5, help="step in units of sigma, population 32 (0.5)")
@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     add("--judged", type=int, default=200, help="images that a result is judged on (200)")
     add("--judged-steps", type=int, default=10, help="their solver steps (10)")
     add("--device", default="cpu", help="default: cpu")
-    add("--only", nargs="+", metavar="TASK", help="only these tasks; no page is written")
+    add("--only", nargs="+", metavar="TASK", help="run only these tasks (and those that were run)")
+    add("--no-judge", action="store_true", help="train only")
     add("--list", action="store_true", help="print the names of the tasks")
     add("--page", type=Path, help="put the tables into this page, between its marks")
     add("--threads", type=int, help="CPU threads")
@@ -103,9 +104,9 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.rewards = {
-            name: load_reward(spec, device=args.device) for name, spec in REWARDS.items()
-        }
+        self.rewards = {n: load_reward(spec, device=args.device) for n, spec in REWARDS.items()}
+        judges = {name: load_classifier(name).id for name in ("guidance", "evaluation")}
+        self.judges = {**judges, "images": args.judged, "steps": args.judged_steps}
 
     def config(self, task: Task) -> EggrollConfig:
         """The settings of a task; the random walk of its steps would reach equally far."""
@@ -129,8 +130,10 @@ class Study:
         began = time.monotonic()
         curve = methods[task.method](task, pipe)
         seconds = time.monotonic() - began
-        pipe.transformer.eval().requires_grad_(False)
-        return {**asdict(task), "curve": curve, "seconds": round(seconds, 1), **self.judge(pipe)}
+        weights = self.args.out / "weights" / f"{task.name}.pt"
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(pipe.transformer.state_dict(), weights)
+        return {**asdict(task), "curve": curve, "seconds": round(seconds, 1)}
 
     def evolve(self, task: Task, pipe: Any) -> list[Any]:
         """Evolution with low-rank noise; (passes, mean reward of the population) by generation."""
@@ -181,8 +184,11 @@ class Study:
         labels = torch.tensor([prompt.label for prompt in asked.prompts])
         return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
 
-    def judge(self, pipe: Any) -> dict[str, Any]:
+    def judge(self, task: Task) -> dict[str, Any]:
         """Both rewards of each judged image, and scores by the classifier for evaluation."""
+        pipe = load_pipeline("embedded", dtype=torch.bfloat16, device=self.args.device)
+        state = torch.load(self.args.out / "weights" / f"{task.name}.pt", weights_only=True)
+        pipe.transformer.load_state_dict(state)
         config = replace(EggrollConfig(), sample_steps=self.args.judged_steps)
         sampler, asked = self.sampler(pipe, config), fixed_questions(
             class_prompts(pipe), count=self.args.judged)  # fmt: skip
@@ -193,7 +199,7 @@ class Study:
             suite.update(images.cpu(), labels=[prompt.label or 0 for prompt in part.prompts])
             for name, found in values.items():
                 found += self.score(name, images, part).tolist()
-        return {"rewards": values, "scores": dict(suite.compute().values)}
+        return {"rewards": values, "scores": dict(suite.compute().values), "judge": self.judges}
 
     def sampler(self, pipe: Any, config: EggrollConfig) -> MemberSampler:
         """Samples from the weights as they are."""
@@ -218,14 +224,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     study, found = Study(args), {}
     for task in tasks:
         path = args.out / "tasks" / f"{task.name}.json"
-        if path.exists():
-            found[task.name] = json.loads(path.read_text())
-        elif not args.only or task.name in args.only:
-            result = study.run(task)
-            found[task.name] = {**result, "settings": _settings(args)}
-            files.write_json(path, found[task.name])
+        result = json.loads(path.read_text()) if path.exists() else None
+        if result is None:
+            if args.only and task.name not in args.only:
+                continue
+            result = {**study.run(task), "settings": _settings(args)}
             print(f"{task.name}: {result['seconds']:.0f} s", flush=True)
-    if not args.only:
+            files.write_json(path, result)
+        if not args.no_judge and result.get("judge") != study.judges:
+            result |= study.judge(task)
+            files.write_json(path, result)
+        found[task.name] = result
+    if not args.no_judge:
         page.write(args.out, found, args.page)
 
 

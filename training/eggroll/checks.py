@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from .forward import MODES
 from .layers import Layer
 from .shaping import SHAPINGS
 
-__all__ = ["check_choices", "check_population", "check_positive", "check_rank"]
+__all__ = ["check_choices", "check_population", "check_rank"]
 
 
-def check_positive(**values: float | None) -> None:
-    """Raise ValueError unless each value is None or a finite number above 0."""
-    for name, value in values.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number above 0, got {value}")
-
-
-def check_choices(mode: str, fitness_shaping: str, delta_decay: float) -> None:
-    """Raise ValueError for an unknown name, or a decay that is no part of a whole."""
+def check_choices(mode: str, fitness_shaping: str) -> None:
+    """Raise ValueError for an unknown name."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if fitness_shaping not in SHAPINGS:
         raise ValueError(
             f"fitness_shaping must be one of {', '.join(SHAPINGS)}, got {fitness_shaping!r}"
         )
-    if not 0 <= delta_decay < 1:
-        raise ValueError(f"delta_decay must be in [0, 1), got {delta_decay}")
 
 
 def check_population(population: int, batch: int | None, antithetic: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 __all__ = ["Hub", "process_state"]
 
@@ -78,12 +79,12 @@ class Hub:
         from accelerate.utils import broadcast_object_list
 
         host = os.environ.get("MASTER_ADDR", "localhost")
-        options = {"timeout": FOR_EVER, "wait_for_workers": False}
+        options: Any = {"timeout": FOR_EVER, "wait_for_workers": False}
         # A store of its own: the port is the system's choice, told over the process group.
-        store = dist.TCPStore(host, 0, None, True, **options) if rank == 0 else None
+        store = TCPStore(host, 0, None, True, **options) if rank == 0 else None
         (port,) = broadcast_object_list([store.port if store is not None else 0])
         if store is None:
-            store = dist.TCPStore(host, port, None, False, **options)
+            store = TCPStore(host, port, None, False, **options)
         return cls(store, rank=rank, ranks=ranks, timeout=timeout)
 
     def published(self, generation: int) -> list[bytes] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choices, check_population, check_positive, check_rank
+from .checks import check_choices, check_population, check_rank
 from .forward import perturbed
-from .layers import Names, check_layers, find_layers
+from .layers import Layer, Names, check_layers, find_layers
 from .noise import NoiseFormat
+from .pace import Pace
 from .shaping import Shaped, shape_fitness
 from .update import (
     MakeOptimizer,
@@ -113,37 +115,30 @@ class Eggroll:
         mode: str = "lowrank",
     ) -> None:
         self.noise = NoiseFormat(seed, rank, noise_kind, antithetic, noise_reuse)
+        self.pace = Pace(
+            sigma, lr, sigma_decay, lr_decay, delta_decay, max_step_norm, max_delta_norm
+        )
+        check_choices(mode, fitness_shaping)
+        check_population(population_size, member_batch_size, antithetic)
         self.model, self.mode, self.population_size = model, mode, population_size
         self.fitness_shaping, self.member_batch_size = fitness_shaping, member_batch_size
-        self.delta_decay, self.max_step_norm = delta_decay, max_step_norm
-        self.max_delta_norm = max_delta_norm
-        self._sigma, self._lr = (sigma, sigma_decay), (lr, lr_decay)
-        check_positive(
-            sigma=sigma,
-            lr=lr,
-            sigma_decay=sigma_decay,
-            lr_decay=lr_decay,
-            max_step_norm=max_step_norm,
-            max_delta_norm=max_delta_norm,
-        )
-        check_choices(mode, fitness_shaping, delta_decay)
-        check_population(population_size, member_batch_size, antithetic)
         self.layers = find_layers(model, target_modules, exclude, biases=evolve_bias)
         check_layers(model, self.layers, lowrank=mode == "lowrank")
         check_rank(rank, self.layers.values())
         self.offsets = Offsets(self.layers)
+        self._separable = isinstance(optimizer, str) and max_step_norm is None
         self.optimizer = make_optimizer(optimizer, list(self.offsets.parameters.values()), lr)
         self.generation = 0
 
     @property
     def sigma(self) -> float:
         """Deviation of the perturbations of the coming generation."""
-        return self._sigma[0] * self._sigma[1] ** self.generation
+        return self.pace.sigma_at(self.generation)
 
     @property
     def lr(self) -> float:
         """Rate of the coming step."""
-        return self._lr[0] * self._lr[1] ** self.generation
+        return self.pace.lr_at(self.generation)
 
     def step(
         self,
@@ -271,24 +266,32 @@ class Eggroll:
 
     def _move(self, shaped: Shaped) -> float:
         """One step of the optimizer and what limits it; the norm of the change."""
-        offsets = self.offsets.parameters
-        for layer in self.layers.values():
-            found = es_gradient(self.noise, layer, self.generation, self.sigma, shaped)
-            for name, gradient in found.items():
-                offsets[name].grad = -gradient  # torch's optimizers go down
-        before = {name: offset.detach().clone() for name, offset in offsets.items()}
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.delta_decay:
-            self.offsets.decay(self.delta_decay)
-        norm = total_norm(offset - before[name] for name, offset in offsets.items())
-        if self.max_step_norm is not None and norm > self.max_step_norm:
-            for name, offset in offsets.items():
-                offset.copy_(before[name].lerp(offset, self.max_step_norm / norm))
-            norm = self.max_step_norm
-        if self.max_delta_norm is not None:
-            self.offsets.limit(self.max_delta_norm)
+        layers = list(self.layers.values())
+        # Layer by layer only one layer's gradient exists, but not every optimizer can be split so.
+        parts = [[layer] for layer in layers] if self._separable else [layers]
+        norm = math.hypot(*(self._move_layers(part, shaped) for part in parts))
+        if self.pace.max_delta_norm is not None:
+            self.offsets.limit(self.pace.max_delta_norm)
         self.offsets.write_back()
         return norm
+
+    def _move_layers(self, layers: Sequence[Layer], shaped: Shaped) -> float:
+        moving = {}
+        for layer in layers:
+            found = es_gradient(self.noise, layer, self.generation, self.sigma, shaped)
+            for name, gradient in found.items():
+                moving[name] = self.offsets.parameters[name]
+                moving[name].grad = -gradient  # torch's optimizers go down
+        before = {name: offset.detach().clone() for name, offset in moving.items()}
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.pace.delta_decay:
+            self.offsets.decay(self.pace.delta_decay, moving)
+        norm = total_norm(offset - before[name] for name, offset in moving.items())
+        if self.pace.max_step_norm is None or norm <= self.pace.max_step_norm:
+            return norm
+        for name, offset in moving.items():
+            offset.copy_(before[name].lerp(offset, self.pace.max_step_norm / norm))
+        return self.pace.max_step_norm

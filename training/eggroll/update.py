@@ -88,21 +88,21 @@ class Offsets:
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         self._weights = dict(p for layer in layers.values() for p in layer.parameters())
-        self._base = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self.base = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self.parameters = {
             name: nn.Parameter(torch.zeros_like(base, dtype=_wide(base)))
-            for name, base in self._base.items()
+            for name, base in self.base.items()
         }
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Put ``base + offset`` into the model, in its dtype."""
         for name, weight in self._weights.items():
-            weight.copy_(self._base[name].to(self.parameters[name].dtype) + self.parameters[name])
+            weight.copy_(self.base[name].to(self.parameters[name].dtype) + self.parameters[name])
 
     def base_hash(self) -> int:
         """The hash of the weights that the offsets belong to."""
-        return weights_hash(self._base.values())
+        return weights_hash(self.base.values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The offsets by name of the parameter."""
@@ -128,10 +128,10 @@ class Offsets:
         self.write_back()
 
     @torch.no_grad()
-    def decay(self, amount: float) -> None:
-        """Shrink every offset by ``amount`` of itself."""
-        for offset in self.parameters.values():
-            offset.mul_(1 - amount)
+    def decay(self, amount: float, names: Iterable[str] | None = None) -> None:
+        """Shrink these offsets, or all, by ``amount`` of themselves."""
+        for name in self.parameters if names is None else names:
+            self.parameters[name].mul_(1 - amount)
 
     @torch.no_grad()
     def limit(self, norm: float) -> None:
