@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_a_quadratic_is_solved(shaping: str, rank: int) -> None:
     es = Eggroll(model, sigma=0.02, population_size=256, rank=rank, fitness_shaping=shaping, lr=1.0)
     start = {"zscore": 4.0, "sign_pairs": 4.0, "ranks": 14.0}[shaping]  # ranks: deviation 0.29
     for step in range(steps):
-        es._lr = (start * (1 - step / steps) + 1e-3, 1.0)
+        es.pace = replace(es.pace, lr=start * (1 - step / steps) + 1e-3)
         es.step(lambda model, count: -(matrices(model, count) - goal).square().sum((1, 2)))
     assert float((model[0].weight - goal).detach().square().sum()) < 1e-4 * first
 
