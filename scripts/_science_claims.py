@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from _science_points import ABLATED_AT
 
 from diffsteer.eval.half_samples import Estimate
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from _science_page import Study
 
 HIGH = ("6", "8", "12")
-DOWN, UP = -1, 1
+DOWN, UP = -1, 1  # what a claim wants of a difference
 
 
 def verdict(text: str, change: Estimate, wanted: int, digits: int = 1, factor: float = 1.0) -> str:
@@ -33,38 +34,56 @@ def against(study: Study, first: str, second: str, score: str) -> Estimate:
     return study.scores[first][score] - study.scores[second][score]
 
 
+# What a claim on a score wants, how many digits it takes, and a factor for display.
+FORMS = {
+    "fd": (DOWN, 1, 1.0, "fd falls"), "accuracy": (UP, 1, 100.0, "accuracy rises (points)"),
+    "recall": (UP, 3, 1.0, "recall rises"), "saturation": (DOWN, 3, 1.0, "saturation falls"),
+}  # fmt: skip
+
+
+def claim(study: Study, text: str, first: str, second: str, *scores: str) -> list[str]:
+    """A verdict for each score of ``first`` against ``second``; none where a point was not made."""
+    if not {first, second} <= set(study.scores):
+        return []
+    lines = []
+    for score in scores:
+        wanted, digits, factor, words = FORMS[score]
+        change = against(study, first, second, score)
+        lines.append(verdict(f"{text}: {words}", change, wanted, digits, factor))
+    return lines
+
+
+def kept(study: Study, text: str, first: str, second: str, *scores: str) -> list[str]:
+    """A verdict that a score is not lower; one that an interval cannot decide counts as kept."""
+    if not {first, second} <= set(study.scores):
+        return []
+    lines = []
+    for score in scores:
+        change = against(study, first, second, score)
+        word = "failed" if change.differs() and change.value < 0 else "held"
+        number = f"{change.value:+.3f} ± {1.96 * change.stderr:.3f}"
+        lines.append(f"- **{word}**: {text}: {score} is kept: {number}")
+    return lines
+
+
 def apg(study: Study) -> list[str]:
     """(a): better fd, recall and saturation at high scales, at comparable precision."""
-    same = []
+    same, matched = [], []
     for scale in HIGH:
-        pair = (f"apg-{scale}", f"cfg-{scale}")
-        at = f"at scale {scale}, APG minus CFG"
-        same += [
-            verdict(f"fd falls {at}", against(study, *pair, "fd"), DOWN),
-            verdict(f"recall rises {at}", against(study, *pair, "recall"), UP, 3),
-            verdict(f"saturation falls {at}", against(study, *pair, "saturation"), DOWN, 3),
-            _comparable(f"precision is comparable {at}", against(study, *pair, "precision")),
-        ]
-    matched = []
+        pair, text = (f"apg-{scale}", f"cfg-{scale}"), f"scale {scale}"
+        same += claim(study, text, *pair, "fd", "recall", "saturation")
+        same += kept(study, text, *pair, "precision")
     for scale in ("4", *HIGH):
         cfg = at_push(study, study.pushes[f"apg-{scale}"])
         if cfg is None:
             matched.append(f"- at APG {scale} no CFG scale here pushes as little; not compared")
             continue
-        ours, at = study.scores[f"apg-{scale}"], f"at the push of APG {scale}, APG minus CFG"
-        matched += [
-            verdict(f"fd falls {at}", ours["fd"] - cfg["fd"], DOWN),
-            verdict(f"recall rises {at}", ours["recall"] - cfg["recall"], UP, 3),
-            verdict(f"saturation falls {at}", ours["saturation"] - cfg["saturation"], DOWN, 3),
-            verdict(f"accuracy rises {at}, points", ours["accuracy"] - cfg["accuracy"], UP, 1, 100),
-        ]
-    return ["At the same scale:", "\n".join(same), "At the same effective push, CFG interpolated "
-            "between its scales:", "\n".join(matched)]  # fmt: skip
-
-
-def _comparable(text: str, change: Estimate) -> str:
-    word = "failed" if change.differs() and change.value < 0 else "held"
-    return f"- **{word}**: {text}: {change.value:+.3f} ± {1.96 * change.stderr:.3f}"
+        ours = study.scores[f"apg-{scale}"]
+        for score, (wanted, digits, factor, words) in FORMS.items():
+            text = f"the push of APG {scale}: {words}"
+            matched.append(verdict(text, ours[score] - cfg[score], wanted, digits, factor))
+    return ["APG minus CFG at the same scale:", "\n".join(same), "APG minus CFG at the same "
+            "effective push, CFG interpolated between its scales:", "\n".join(matched)]  # fmt: skip
 
 
 def at_push(study: Study, push: float) -> dict[str, Estimate] | None:
@@ -86,57 +105,38 @@ def at_push(study: Study, push: float) -> dict[str, Estimate] | None:
 
 def gfcg(study: Study) -> list[str]:
     """(b): more class accuracy, also on top of CFG and autoguidance, without loss of diversity."""
-    lines = [
-        verdict(f"accuracy rises over no guidance at scale {s}, points",
-                against(study, f"gfcg-{s}", "none", "accuracy"), UP, 1, 100)
-        for s in ("1", "2", "4")
-    ]  # fmt: skip
-    for s in ("1",):
-        name = f"cfg2-gfcg-{s}"
-        lines += [
-            verdict(f"on top of CFG 2, scale {s}: accuracy rises, points",
-                    against(study, name, "cfg-2", "accuracy"), UP, 1, 100),
-            verdict(f"on top of CFG 2, scale {s}: fd falls",
-                    against(study, name, "cfg-2", "fd"), DOWN),
-            verdict(f"on top of CFG 2, scale {s}: fd is below that of CFG 3, which costs less",
-                    against(study, name, "cfg-3", "fd"), DOWN),
-        ]  # fmt: skip
-    if "auto-2" in study.scores:
-        for w in ("2", "3"):
-            name, base = f"auto-gfcg-{w}", f"auto-{w}"
-            lines += [
-                verdict(f"in autoguidance {w}, no more evaluations: accuracy rises, points",
-                        against(study, name, base, "accuracy"), UP, 1, 100),
-                verdict(f"in autoguidance {w}: fd falls", against(study, name, base, "fd"), DOWN),
-                _kept(f"in autoguidance {w}: recall is kept", against(study, name, base, "recall")),
-            ]  # fmt: skip
+    lines = []
+    for s in ("1", "2"):
+        lines += claim(study, f"alone, scale {s}, against no guidance", f"gfcg-{s}", "none",
+                       "accuracy", "fd")  # fmt: skip
+        lines += claim(study, f"alone, scale {s}, against CFG 2 (as many evaluations)",
+                       f"gfcg-{s}", "cfg-2", "accuracy", "fd", "recall")  # fmt: skip
+    lines += claim(study, "on top of CFG 2, against CFG 2", "cfg2-gfcg-1", "cfg-2",
+                   "accuracy", "fd")  # fmt: skip
+    lines += claim(study, "on top of CFG 2, against CFG 3, which costs less", "cfg2-gfcg-1",
+                   "cfg-3", "accuracy", "fd")  # fmt: skip
+    pair = ("auto-gfcg-2", "auto-2")
+    lines += claim(study, "in autoguidance 2, no more evaluations", *pair, "accuracy", "fd")
+    lines += kept(study, "in autoguidance 2", *pair, "recall", "diversity")
     return ["\n".join(lines)]
-
-
-def _kept(text: str, change: Estimate) -> str:
-    return _comparable(text, change)
 
 
 def elucd(study: Study) -> list[str]:
     """(c): an off-the-shelf classifier helps, calibrated more than plain; each ingredient does."""
-    full = "elucd-0.05"
-    lines = [verdict("fd falls below no guidance", against(study, full, "none", "fd"), DOWN)]
-    for s in ("0.02", "0.05"):
-        lines.append(
-            verdict(f"fd is below that of plain classifier guidance at scale {s}",
-                    against(study, f"elucd-{s}", f"plain-{s}", "fd"), DOWN)
-        )  # fmt: skip
-    ours, cfg = best(study, ("EluCD",)), best(study, ("CFG",))
-    lines += [
-        verdict(f"the best EluCD ({ours}) has lower fd than the best CFG ({cfg})",
-                against(study, ours, cfg, "fd"), DOWN),
-        verdict("on top of CFG 2: fd falls", against(study, "cfg2-elucd", "cfg-2", "fd"), DOWN),
+    full, cfg = f"elucd-{ABLATED_AT:g}", best(study, ("CFG",))
+    ours = best(study, ("EluCD",))
+    lines = [
+        *claim(study, f"{full} against no guidance", full, "none", "fd", "accuracy"),
+        *claim(study, f"{full} against plain classifier guidance of the same scale", full,
+               f"plain-{ABLATED_AT:g}", "fd", "accuracy"),
+        *claim(study, f"the best EluCD ({ours}) against the best CFG ({cfg})", ours, cfg,
+               "fd", "accuracy", "recall"),
+        *claim(study, "on top of CFG 2, against CFG 2", "cfg2-elucd", "cfg-2", "fd", "accuracy"),
     ]  # fmt: skip
     for found in study.results:
         if found.point.family.startswith("EluCD, "):
-            change = against(study, found.point.name, full, "fd")
-            text = f"fd rises when one ingredient goes ({found.point.family[7:]})"
-            lines.append(verdict(text, change, UP))
+            text = f"{full} against the same with one ingredient gone ({found.point.family[7:]})"
+            lines += claim(study, text, full, found.point.name, "fd")
     return ["\n".join(lines)]
 
 
@@ -144,27 +144,18 @@ def projection(study: Study) -> list[str]:
     """(d): better at equal evaluations, less sensitive to the scale, with a smaller gap."""
     lines = []
     for w in ("2", "4"):
-        base = f"cfg30-{w}"
         for name, title in (("mp1", "MP, K=1"), ("mp2", "MP, K=2"), ("mp2plus", "MP+, K=2")):
-            point = f"{name}-{w}"
-            at = f"{title} against CFG at scale {w}, {_budget(study)} evaluations"
-            lines += [
-                verdict(f"fd falls, {at}", against(study, point, base, "fd"), DOWN),
-                verdict(f"accuracy rises, {at}, points",
-                        against(study, point, base, "accuracy"), UP, 1, 100),
-                _kept(f"recall is kept, {at}", against(study, point, base, "recall")),
-                _kept(f"diversity is kept, {at}", against(study, point, base, "diversity")),
-            ]  # fmt: skip
-    for name, title in (("mp2", "MP, K=2"), ("mp2plus", "MP+, K=2")):
-        for score, digits in (("accuracy", 3), ("recall", 3), ("saturation", 3)):
-            change = _sensitivity(study, name, score)
-            text = f"{score} changes less from scale 2 to 4 than with CFG, {title}"
-            lines.append(verdict(text, change, DOWN, digits))
-    return ["\n".join(lines)]
-
-
-def _budget(study: Study) -> int:
-    return study.point("cfg30-2").cost.nfe
+            pair, text = (f"{name}-{w}", f"cfg30-{w}"), f"{title} against CFG, scale {w}"
+            lines += claim(study, text, *pair, "fd", "accuracy")
+            lines += kept(study, text, *pair, "recall", "diversity")
+    changes = ["How much a score moves from scale 2 to scale 4, less than with CFG is wanted:"]
+    rows = []
+    for name, title in (("mp1", "MP, K=1"), ("mp2", "MP, K=2"), ("mp2plus", "MP+, K=2")):
+        for score in ("accuracy", "recall", "saturation"):
+            if f"{name}-4" in study.scores and f"{name}-2" in study.scores:
+                change = _sensitivity(study, name, score)
+                rows.append(verdict(f"{title}, {score}", change, DOWN, 3))
+    return ["\n".join(lines), *changes, "\n".join(rows)]
 
 
 def _sensitivity(study: Study, name: str, score: str) -> Estimate:
@@ -184,15 +175,11 @@ def auto(study: Study) -> list[str]:
     lines = []
     for w in ("1.5", "2", "3"):
         name = f"auto-{w}"
-        lines.append(verdict(f"fd falls below no guidance at scale {w}",
-                             against(study, name, "none", "fd"), DOWN))  # fmt: skip
-        partner = _same_accuracy(study, name)
-        lines += [
-            verdict(f"recall at scale {w} is above that of {partner}, CFG of the nearest accuracy",
-                    against(study, name, partner, "recall"), UP, 3),
-            verdict(f"fd at scale {w} is below that of {partner}",
-                    against(study, name, partner, "fd"), DOWN),
-        ]  # fmt: skip
+        if name in study.scores:
+            partner = _same_accuracy(study, name)
+            lines += claim(study, f"scale {w} against no guidance", name, "none", "fd")
+            text = f"scale {w} against {partner}, the CFG of nearest accuracy"
+            lines += claim(study, text, name, partner, "fd", "recall", "accuracy")
     return ["\n".join(lines)]
 
 
@@ -212,12 +199,8 @@ def composed(study: Study) -> list[str]:
         f"{study.scores[name]['recall'].value:.3f}"
         for place, name in enumerate(order[:6], 1)
     )
-    lines = [
-        verdict(f"the lowest fd of all ({order[0]}) is below the lowest of CFG ({cfg})",
-                against(study, order[0], cfg, "fd"), DOWN),
-        verdict(f"with recall above it ({order[0]} minus {cfg})",
-                against(study, order[0], cfg, "recall"), UP, 3),
-    ]  # fmt: skip
+    text = f"the lowest of all ({order[0]}) against the lowest of CFG ({cfg})"
+    lines = claim(study, text, order[0], cfg, "fd", "accuracy", "recall")
     return ["The lowest distances of all points:", first, "\n".join(lines)]
 
 

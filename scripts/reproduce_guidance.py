@@ -19,7 +19,7 @@ import _cli
 import _science_page
 import _science_plots
 import torch
-from _science_points import PARTS, Tools, cfg_points, points_of
+from _science_points import PARTS, Tools, cfg_points, one_view, points_of
 from _science_trace import gaps, honesty, pushes
 
 from diffsteer.eval import EvalSuite, load_classifier, open_images
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = args.device or _cli.default_device()
     pipe = load_pipeline("embedded", dtype=_cli.dtype_for(args.dtype, device), device=device)
     weak = load_weak("embedded", pipe)
-    tools = Tools(load_classifier("guidance").to(device), pipe.latent_std, args.steps)
+    tools = Tools(one_view(load_classifier("guidance")).to(device), pipe.latent_std, args.steps)
     requests = plan_images(range(args.samples * args.seeds), pipe=pipe)
     shown = requests[: args.traced]
     fitted = None
