@@ -140,7 +140,8 @@ class Study:
         config = self.config(task)
         out = self.args.out / "runs" / task.name
         rewards = RewardSet({task.reward: self.rewards[task.reward]})
-        EggrollTrainer(config, pipe, rewards, class_prompts(pipe), out, hub=Hub()).run()
+        if not EggrollTrainer(config, pipe, rewards, class_prompts(pipe), out, hub=Hub()).run():
+            raise KeyboardInterrupt  # stopped by a signal: the same command goes on
         per_step = task.population * 10 * config.sample_steps
         lines = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
         return [[(line["generation"] + 1) * per_step, line["reward"]] for line in lines]

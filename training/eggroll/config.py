@@ -34,7 +34,7 @@ class EggrollConfig:
         ValueError: a value is out of its range, or two contradict; the message names the field.
     """
 
-    steps: int = setting(150, "generations", free=True)
+    steps: int = setting(100, "generations", free=True)
     population_size: int = setting(32, "members of a generation")
     sigma: float = setting(0.003, "deviation of the perturbation of each weight")
     lr: float = setting(0.2, "sgd: step in units of sigma; adam, adamw: the step itself")
@@ -97,6 +97,11 @@ class EggrollConfig:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
+        if self.baseline and not self.common_noise:
+            raise ValueError(
+                "baseline compares members with the mean parameters on the same noise; it needs "
+                "common_noise=True"
+            )
         if not self.antithetic:
             if self.wire == "byte":
                 raise ValueError("wire='byte' sends differences of pairs: it needs antithetic=True")

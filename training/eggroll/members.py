@@ -108,7 +108,7 @@ class MemberSampler:
         arguments = {
             **guidance_arguments(self.pipe, self.config.guidance_scale, count),
             **call_inputs(self.pipe, questions.prompts * len(many)),
-            "generator": seeded_generators(self._seeds(many, questions)),
+            "generator": seeded_generators(self._seeds(members, questions)),
             "num_inference_steps": self.config.sample_steps,
             "output_type": "pt",
             **self.call,
@@ -160,7 +160,9 @@ class MemberSampler:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _seeds(self, members: Sequence[int], questions: Questions) -> list[int]:
+    def _seeds(self, members: Sequence[int] | None, questions: Questions) -> list[int]:
+        if members is None:
+            return questions.seeds
         if self.config.common_noise or not questions.key:
             return questions.seeds * len(members)
         sources = [self.eggroll.noise.source(member)[0] for member in members]

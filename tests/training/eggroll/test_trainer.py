@@ -284,6 +284,31 @@ def test_out_of_memory_halves_the_members_at_once_and_changes_no_score(
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("common", [True, False])
+def test_members_start_from_the_same_noise_or_pairs_from_their_own(
+    tmp_path: Path, common: bool
+) -> None:
+    run = trainer(tmp_path, sigma=1e-7, common_noise=common, member_batch_size=0)
+    asked = draw_questions(0, run.prompts, count=2, repeats=1, seed=0)
+    first, second, third = run.sampler.sample([0, 1, 2], asked).split(2)
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(first, third, atol=1e-3) is common
+    mean = run.sampler.sample(None, asked)
+    assert torch.allclose(first, mean, atol=1e-3) is common
+
+
+def test_the_baseline_member_centres_the_scores(tmp_path: Path) -> None:
+    options = {"steps": 1, "fitness_shaping": "none", "sigma": 0.1}
+    for name, baseline in (("with", True), ("without", False)):
+        assert trainer(tmp_path / name, baseline=baseline, **options).run()
+    found, plain = (
+        torch.tensor(log_lines(tmp_path / name)[0]["fitness"]) for name in ("with", "without")
+    )
+    shift = (found - plain).mean()
+    assert abs(float(shift)) > 1e-4  # the mean of the members is not the score of the mean
+    torch.testing.assert_close(found - shift, plain, rtol=1e-3, atol=1e-4)
+
+
 def test_members_may_start_from_noise_of_their_own() -> None:
     asked = draw_questions(3, [Prompt("a"), Prompt("b")], count=0, repeats=2, seed=5)
     assert [p.text for p in asked.prompts] == ["a", "a", "b", "b"] and asked.columns == 2
@@ -317,6 +342,7 @@ def test_prompts_are_drawn_equally_often_and_evaluation_asks_the_same_each_time(
         ({"fitness_shaping": "softmax"}, "fitness_shaping must be one of"),
         ({"wire": "byte", "antithetic": False}, "it needs antithetic=True"),
         ({"wire": "byte", "fitness_shaping": "ranks"}, "know fitness_shaping='zscore'"),
+        ({"baseline": True, "common_noise": False}, "it needs common_noise=True"),
         ({"delta_decay": 1.0}, r"delta_decay must be in \[0, 1\)"),
         ({"rank_timeout": -1.0}, "rank_timeout must be 0 or more"),
     ],
