@@ -196,8 +196,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if self.do_classifier_free_guidance:
             classes = torch.cat([torch.full_like(classes, self.num_classes), classes])
         levels = self._set_timesteps(num_inference_steps, sigmas, device)
-        if self.config.prediction == "edm":
-            x = x * self.scheduler.init_noise_sigma
+        x = x * self._noise_scale
         stochastic = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if stochastic else {}
         with _evaluating(self.transformer), self.progress_bar(total=self._num_timesteps) as bar:
@@ -209,7 +208,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     x = callback_on_step_end(self, index, t, {"latents": x}).pop("latents", x)
                 bar.update()
-
         images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -229,6 +227,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return output
         uncond, cond = output.chunk(2)
         return uncond + self._guidance_scale * (cond - uncond)
+
+    @property
+    def _noise_scale(self) -> float:
+        return self.scheduler.init_noise_sigma if self.config.prediction == "edm" else 1.0
 
     def _network_time(self, time: Tensor) -> Tensor:
         return time * self.scheduler.config.num_train_timesteps
