@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .features import FeatureSet
@@ -32,6 +33,7 @@ class Inputs:
         kept: the samples whose rows of features are kept; all of ``fake`` by default.
         sums: moments of all samples by "space/tap", where only some rows are kept.
         share: this rank's part of the work on neighbours.
+        device: that rows are brought to, to be computed with.
     """
 
     fake: FeatureSet
@@ -43,6 +45,7 @@ class Inputs:
     kept: FeatureSet | None = None
     sums: dict[str, Moments] = field(default_factory=dict)
     share: Share = field(default_factory=Share)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     warnings: list[str] = field(default_factory=list)
     per_class: dict[str, list[float]] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
@@ -55,7 +58,7 @@ class Inputs:
         rows = held.taps.get(f"{self.space}/{name}")
         if rows is None:
             raise CannotScore(f"the extractor of {self.space!r} gives no {name}")
-        return rows
+        return rows.to(self.device)
 
     def moments(self, name: str) -> Moments:
         """Moments of a tap over all generated samples."""
@@ -70,7 +73,7 @@ class Inputs:
                 "needs real features, and the reference holds only mean and covariance: pass real "
                 "images, or statistics written with --features"
             )
-        return rows
+        return rows.to(self.device)
 
     def labels(self) -> Tensor:
         """The classes that samples were conditioned on, (N,)."""

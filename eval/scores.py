@@ -55,7 +55,7 @@ def _frechet(given: Inputs, tap: str, metric: str) -> Iterator[Score]:
         )
     rows = None if given.sums or tap != "features" else given.reference.all_features(given.space)
     if rows is not None and max(count, len(rows)) <= dim:
-        value = frechet_distance_from_features(rows, given.tap(tap))
+        value = frechet_distance_from_features(rows.to(given.device), given.tap(tap))
     else:
         value = frechet_distance_to(known.gaussian(), sums.mean, sums.covariance, rank=count - 1)
     if value <= 1e-12 * float(sums.scatter.trace()) / (count - 1):

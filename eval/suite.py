@@ -199,7 +199,7 @@ class EvalSuite:
             Inputs(
                 every, reference, extractor.space, self.settings, position == 0,
                 bool(extractor.class_names), kept=self._fake.rows(), sums=self._fake.moments(),
-                share=share,
+                share=share, device=_computing_device(extractor.device),
             )
             for position, extractor in enumerate(self.extractors)
         ]  # fmt: skip
@@ -261,6 +261,11 @@ class EvalSuite:
             "versions": {"torch": torch.__version__},
             "seconds": {"features": self._seconds, "metrics": seconds},
         }
+
+
+def _computing_device(device: torch.device) -> torch.device:
+    """Where metrics are computed: beside the network if float64 works there."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _ints(values: Tensor | Sequence[int] | None) -> Tensor | None:

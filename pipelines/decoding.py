@@ -39,7 +39,17 @@ class LatentView:
     scaled: bool = True
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """The latents in maps, dtype of ``latents``; differentiable."""
+        """The latents in maps, dtype of ``latents``; differentiable.
+
+        Raises:
+            ValueError: for token sequences that the pipeline does not say how to take apart.
+        """
+        if self.unpack is None and latents.ndim < 4:
+            raise ValueError(
+                f"latents {tuple(latents.shape)} are no maps (B, C, H, W), and the pipeline has no "
+                "_unpack_latents to make them so (Modular pipelines have not); give the rule a "
+                "decode= function of your own"
+            )
         maps = latents if self.unpack is None else self.unpack(latents)
         return maps if self.scaled else unscaled(maps, self.vae)
 

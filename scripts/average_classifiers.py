@@ -1,4 +1,4 @@
-"""Average the weights of several trainings of one classifier, and report the result."""
+"""Average the weights (and the views) of trainings of one classifier, and report the result."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def main() -> None:
         network = average_classifiers(parts, args.shares, mirrored=args.mirrored or None)
         train = load_images(args.data, split="train")
         test = load_images(args.data, split="test")
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-        measure_statistics(network, train.pixels[order[: args.images]])
+        if len(parts) > 1:  # the mean of one network is itself, and so are its statistics
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+            measure_statistics(network, train.pixels[order[: args.images]])
         network.save_pretrained(args.out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"average_classifiers: {error}") from error
@@ -52,7 +53,7 @@ def main() -> None:
         "test": classification_report(predict(stored, test.pixels), test.labels),
         "average_of": [part.id for part in parts],
         "shares": args.shares,
-        "images": args.images,
+        "images": args.images if len(parts) > 1 else None,
         "parents": [record(folder) for folder in args.folders],
         "versions": {"torch": torch.__version__, "diffsteer": __version__},
     }

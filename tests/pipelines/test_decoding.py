@@ -123,6 +123,7 @@ def test_calibrated_guidance_through_the_decoder_moves_the_latents() -> None:
         (lambda: image_decoder(build("sd").pipe, vae=torch.nn.Linear(1, 1)), TypeError, "decode"),
         (lambda: image_decoder(build("ltx").pipe), NotImplementedError, "decode= function"),
         (lambda: latent_view(load_embedded()), ValueError, "image_decoder"),
+        (lambda: latent_view(build("sd").pipe)(torch.zeros(1, 4, 4)), ValueError, "no maps"),
         (
             lambda: image_decoder(build("flux").pipe, height=64, width=16)(torch.zeros(1, 16, 16)),
             ValueError,

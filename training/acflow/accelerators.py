@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config import ACFlowConfig
 
 __all__ = ["make_accelerator"]
@@ -19,6 +21,8 @@ def make_accelerator(config: ACFlowConfig, out: Path) -> Any:
     # gradient, which DDP must be told. Autocast is around the denoiser alone, see `autocasting`.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
+        # Without this a machine without accelerators joins no ranks under `accelerate launch`.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="no",
         log_with=config.log_with or None,
         project_dir=str(out),
