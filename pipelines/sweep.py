@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,30 +99,16 @@ def run_sweep(
         pipe, list(requests), Path(out), suite or EvalSuite(), reading or Reading(), weak,
         batch_size, config or {}, call or {}, state, _fingerprint(reference), cache,
     )  # fmt: skip
-    known = {point.name: None if overwrite else shared.known(point) for point in points}
-    costs = {name: found.cost for name, found in known.items() if found is not None}
-    costs |= {point.name: shared.price(point) for point in points if point.name not in costs}
-    results = {name: found.result for name, found in known.items() if found and found.result}
-
-    def finished(*, complete: bool) -> list[PointResult]:
-        done = [
-            PointResult(point, shared.folder(point), costs[point.name], results[point.name])
-            for point in points
-            if point.name in results
-        ]
-        if main:
-            about = shared.about(complete=complete)
-            write_report(shared.out, done, shared.requests, about, pictures=complete)
-        return done
-
+    costs, results = shared.left_over(points, overwrite=overwrite)
+    report = partial(shared.report, points, costs, results, write=main)
     if reference is not None and len(results) < len(points):
         set_reference(shared.suite, reference, shared.reading)
     for point in points:
         if point.name not in results:
-            finished(complete=False)
+            report(complete=False)
             shared.make(point, costs[point.name], overwrite=overwrite)
             results[point.name] = shared.score(point, costs[point.name])
-    return finished(complete=True)
+    return report(complete=True)
 
 
 @dataclass(frozen=True)
@@ -181,6 +168,37 @@ class _Shared:
     def settings(self, point: SweepPoint, cost: PointCost) -> dict[str, Any]:
         call = self.point_call(cost) if point.rule is not None else self.call
         return plain({**self.config, **run_settings(self.pipe, point.rule, point.steps, call)})
+
+    def left_over(
+        self, points: Sequence[SweepPoint], *, overwrite: bool
+    ) -> tuple[dict[str, PointCost], dict[str, EvalResult]]:
+        """What every point costs, and the scores of those that an earlier command finished."""
+        known = {point.name: None if overwrite else self.known(point) for point in points}
+        costs = {name: found.cost for name, found in known.items() if found is not None}
+        costs |= {point.name: self.price(point) for point in points if point.name not in costs}
+        return costs, {
+            name: found.result for name, found in known.items() if found and found.result
+        }
+
+    def report(
+        self,
+        points: Sequence[SweepPoint],
+        costs: dict[str, PointCost],
+        results: dict[str, EvalResult],
+        *,
+        complete: bool,
+        write: bool,
+    ) -> list[PointResult]:
+        """The finished points, in order, and what tells of them beside the images."""
+        done = [
+            PointResult(point, self.folder(point), costs[point.name], results[point.name])
+            for point in points
+            if point.name in results
+        ]
+        if write:
+            about = self.about(complete=complete)
+            write_report(self.out, done, self.requests, about, pictures=complete)
+        return done
 
     def known(self, point: SweepPoint) -> _Known | None:
         """The finished point, if it was made under these settings and all images are there."""

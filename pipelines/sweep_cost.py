@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.step import Guidance, MissingPrediction, Step
+from ..core.step import Guidance, Step, needs_uncond
 from .generation import batch_inputs, check_call
 from .image_folder import ImageRequest
 from .observe import first_tensor
@@ -58,8 +58,8 @@ def point_cost(
 ) -> PointCost:
     """Make one image and count; a rule that cannot run here fails here, before the first point.
 
-    A rule that does without the unconditional prediction is run without it, which
-    ``PointCost.guided`` says.
+    A rule that says that it does without the unconditional prediction (``needs_uncond``) is run
+    without it, which ``PointCost.guided`` says.
 
     Args:
         pipe: the pipeline.
@@ -74,15 +74,12 @@ def point_cost(
         MissingPrediction: if the rule needs what the pipeline does not have.
         ValueError: if the pipeline or the rule refuses the arguments.
     """
-    if rule is None:
-        return _count(pipe, request, None, steps, weak, call or {}, batch_size)
-    off = guidance_off(pipe, call or {})
-    if off is not None:
-        try:
-            return _count(pipe, request, rule, steps, weak, off, batch_size, guided=False)
-        except MissingPrediction:
-            pass  # it wants the unconditional prediction: the pipeline's guidance has to be on
-    return _count(pipe, request, rule, steps, weak, call or {}, batch_size, guided=True)
+    spared = None
+    if rule is not None and not needs_uncond(rule):
+        spared = guidance_off(pipe, call or {})
+    guided = rule is not None and spared is None
+    arguments = (call or {}) if spared is None else spared
+    return _count(pipe, request, rule, steps, weak, arguments, batch_size, guided=guided)
 
 
 def guidance_off(pipe: Any, call: dict[str, Any]) -> dict[str, Any] | None:
@@ -101,7 +98,7 @@ def _count(
     call: dict[str, Any],
     batch_size: int,
     *,
-    guided: bool = False,
+    guided: bool,
 ) -> PointCost:
     extra = check_call(pipe, [request], guided=rule is not None, call=call)
     log = _Log()

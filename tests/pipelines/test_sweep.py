@@ -57,6 +57,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in found}
 
 
+def told(found):
+    """A result as it is written down, where NaN (a class without images) equals itself."""
+    return found.point, found.folder, found.cost, found.result.as_dict()
+
+
 def test_every_point_has_its_rule_and_the_same_seeds(pipe, tmp_path):
     results = sweep(pipe, tmp_path / "out")
     assert [found.point for found in results] == POINTS
@@ -74,7 +79,7 @@ def test_every_point_has_its_rule_and_the_same_seeds(pipe, tmp_path):
 def test_table_json_picture_and_plots_agree(pipe, tmp_path):
     results = sweep(pipe, tmp_path, metrics=("accuracy", "colour", "fd"))
     about = json.loads((tmp_path / "sweep.json").read_text())
-    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert about["complete"] is True and about["seeds"] == list(range(6))
     assert [row["name"] for row in rows] == [point.name for point in POINTS]
     for row, record, found in zip(rows, about["points"], results, strict=True):
@@ -99,7 +104,7 @@ def test_a_finished_point_is_never_made_again(pipe, tmp_path, calls):
     assert calls == [] and snapshot(tmp_path) == before
     more = sweep(pipe, tmp_path, POINTS[:3])
     assert calls == [1, 4, 2]  # the price of the new point, and its images
-    assert [found.result for found in more[:2]] == [found.result for found in again]
+    assert [told(found) for found in more[:2]] == [told(found) for found in again]
     assert before.items() <= snapshot(tmp_path).items()
 
 
@@ -121,7 +126,8 @@ def test_a_half_done_point_goes_on(pipe, tmp_path, monkeypatch, calls):
     calls.clear()
     results = sweep(pipe, tmp_path, POINTS[:2])
     assert calls == [1, 2]  # its price again, and the two images that were missing
-    assert results == sweep(pipe, tmp_path, POINTS[:2])
+    again = sweep(pipe, tmp_path, POINTS[:2])
+    assert [told(found) for found in again] == [told(found) for found in results]
 
 
 def test_other_metrics_score_the_same_images_again(pipe, tmp_path, calls):

@@ -117,7 +117,7 @@ def test_at_equal_price(model, tmp_path, capsys):
         model, tmp_path / "out", capsys, "--budget-nfe", 5, "--metrics", "accuracy", *rules
     )
     assert code == 0 and "cfg-scale=2-steps=2" in shown
-    rows = list(csv.DictReader((tmp_path / "out/sweep.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out/sweep.csv").read_text().splitlines()))
     assert [(row["steps"], row["nfe"]) for row in rows] == [("5", "5"), ("2", "4")]
     code, _, message = run(
         model, tmp_path / "dear", capsys, "--budget-nfe", 1, "--rule", "cfg", "--scale", 2
