@@ -13,7 +13,9 @@ from types import NoneType
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers.utils import logging
+from torch import distributed
 
 from diffsteer.core import Guidance
 from diffsteer.eval import load_classifier
@@ -184,6 +186,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         _hush()
     try:
         main(argv)
+        _part(in_peace=True)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -192,7 +195,21 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2
+    finally:
+        _part(in_peace=False)
     return 0
+
+
+def _part(*, in_peace: bool) -> None:
+    """End the process group, if there is one.
+
+    Left to the end of the interpreter, gloo's threads abort a finished process now and then.
+    ``in_peace`` waits for the other ranks, under which nobody may end the group.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        if in_peace:
+            PartialState().wait_for_everyone()
+        distributed.destroy_process_group()
 
 
 def _hush() -> None:
