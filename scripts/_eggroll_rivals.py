@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsteer.core import seeded_noise
+from diffsteer.eval import load_classifier
 from diffsteer.training.data import derive_seed
 from diffsteer.training.eggroll import Shaped, find_layers, shape_fitness
 from diffsteer.training.eggroll.questions import Questions
@@ -101,6 +102,13 @@ def differentiable_images(pipe: Any, asked: Questions, steps: int) -> Tensor:
         )[0]
         x = x + (after - sigma) * pipe.velocity(output.float(), x, level)
     return (x / 2 + 0.5).clamp(0, 1)
+
+
+def differentiable_reward(images: Tensor, asked: Questions) -> Tensor:
+    """The reward "class" with its gradient, (B,)."""
+    logits = load_classifier("guidance").to(images.device)(images)
+    labels = torch.tensor([prompt.label for prompt in asked.prompts], device=logits.device)
+    return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def reward_gradient(

@@ -1,0 +1,3 @@
+"""placeholder"""
+def theory_points(out, quick): return {}
+def table(points): return ""
