@@ -145,7 +145,7 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def cifar_extractor(which: str = "evaluation", *, device: torch.device | str = "cpu") -> Extractor:
-    """The embedded CIFAR-10 classifier for evaluation: 128 features, 10 logits, no download.
+    """The embedded CIFAR-10 classifier for evaluation: 144 features, 10 logits, no download.
 
     Distances in this space are called ``fd-cifar``; they are no FID and compare with nothing else.
 
@@ -171,6 +171,8 @@ def cifar_extractor(which: str = "evaluation", *, device: torch.device | str = "
         space="cifar" if which == "evaluation" else "cifar-guidance",
         side=32,
         forward=forward,
+        # Two views or one is not in the weights, but it is in the numbers.
+        name=type(network).__name__ + ("-mirrored" if network.config.mirrored else ""),
         device=device,
         micro_batch=128,
         class_names=tuple(network.config.class_names),

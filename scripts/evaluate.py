@@ -16,6 +16,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> int:
     command = commands.get(arguments[0]) if arguments else None
     try:
         return command(arguments[1:]) if command else run_evaluate(arguments)
-    except (ValueError, TypeError, FileExistsError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
 
@@ -53,10 +55,16 @@ def run_evaluate(arguments: list[str]) -> int:
     out = None if options.out is None else metrics_file(options.out)
     if options.plots and out is None:
         raise ValueError("--plots writes beside metrics.json: pass --out too")
-    for path in (out, options.html):
+    text = Path(options.json) if options.json and options.json != "-" else None
+    for path in (out, text, options.html):
         if path is not None and path.exists() and not options.overwrite:
             raise FileExistsError(f"{path} exists; choose another place or pass --overwrite")
-    join_ranks()
+    with ranks():
+        return score_folders(folders, out, options)
+
+
+def score_folders(folders: list[str], out: Path | None, options: argparse.Namespace) -> int:
+    """Score every folder with one suite; rank 0 writes. The exit code."""
     suite = make_suite(options)
     reading = make_reading(options)
     cache = None if options.no_cache else FeatureCache(verify=options.cache_verify)
@@ -107,8 +115,10 @@ def run_stats(arguments: list[str]) -> int:
     if labels is not None:
         features = replace(features, labels=labels[features.index])
     rows = None if options.features < 0 else options.features
-    made = statistics_of(features, extractor, rows=rows, data=Path(options.data).name,
-                         warnings=read.warnings(), versions=environment())  # fmt: skip
+    name = Path(options.data).name  # the file may be given away: no path of this machine in it
+    warnings = [warning.replace(source.where, name) for warning in read.warnings()]
+    made = statistics_of(features, extractor, rows=rows, data=name,
+                         warnings=warnings, versions=environment())  # fmt: skip
     write_statistics(options.out, made, overwrite=options.overwrite)
     print(f"{options.out}: {made.count} images, {made.dim} features ({extractor.id})",
           file=sys.stderr)  # fmt: skip
@@ -212,14 +222,23 @@ def make_reading(options: argparse.Namespace) -> Reading:
     )  # fmt: skip
 
 
-def join_ranks() -> None:
-    """Set up the process group that ``accelerate launch`` described, if it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import torch
-        from accelerate import PartialState
+@contextmanager
+def ranks() -> Iterator[None]:
+    """Inside, the process group that ``accelerate launch`` described, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    import torch
+    from accelerate import PartialState
 
-        # Without cpu=True accelerate takes every process of a CPU-only machine for the only one.
-        PartialState(cpu=not torch.cuda.is_available())
+    # Without cpu=True accelerate takes every process of a CPU-only machine for the only one.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        yield
+        state.wait_for_everyone()  # rank 0 may still be writing: nobody may end the group under it
+    finally:
+        # Left to the interpreter's end, gloo's threads abort the process now and then.
+        state.destroy_process_group()
 
 
 def show(results: dict[str, EvalResult], options: argparse.Namespace) -> None:
