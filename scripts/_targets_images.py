@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from _targets_plots import plot_curves
+from _targets_plots import plot_curves, plot_robustness, plot_strips, save_strip
 from _targets_points import Point, Points, interval, table
-from torch import Tensor, nn
+from _targets_sampling import STEPS, edm_sampler, quantised
+from torch import Tensor
 
-from diffsteer.core import Level, seeded_generators, to_denoised
-from diffsteer.core.student import student_noise
-from diffsteer.eval import EvalSuite
-from diffsteer.samplers import heun_step, integrate, karras_sigmas
-from diffsteer.samplers.pfgmpp import input_scale
+from diffsteer.eval import EvalSuite, write_statistics
+from diffsteer.eval.features import extract
+from diffsteer.eval.reference import statistics_of
 from diffsteer.training import Images, TrainConfig, Trainer, averaged_pipeline, load_images
 
 KS = ("0.0", "0.25", "0.5", "0.75", "0.9", "1.0", "learned", "auto")
 DIMS = ("64", "128", "2048", "inf")
-ALPHAS, BITS, STEPS = (0.1, 0.2), (6, 5, 4), 18
-BATCH = 250
+ALPHAS, BITS = (0.1, 0.2), (6, 5, 4)
+BATCH, GUIDED = 250, 3.0
+Generate = Callable[[list[int], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,24 @@ class Study:
     @cached_property
     def suite(self) -> EvalSuite:
         """Scores against the test images at the models' own resolution."""
-        suite = EvalSuite(("fd", "accuracy"))
-        if self.config.resolution != 32:
-            real = load_images(self.config.data, split="test", resolution=self.config.resolution)
-            for rows in torch.arange(len(real)).split(1000):
-                pixels, _ = real.take(rows, torch.zeros(len(rows), dtype=torch.bool))
-                suite.update((pixels + 1) / 2, real=True)
+        suite, side = EvalSuite(("fd", "accuracy")), self.config.resolution
+        if side != 32:
+            extractor = suite.extractors[0]
+            path = self.out / f"test-images-{side}px-{extractor.digest[:12]}.npz"
+            if not path.is_file():
+                test = load_images(self.config.data, split="test", resolution=side)
+                pixels = _pixels(test, range(len(test)))
+                real = extract((127.5 * (pixels + 1)).round().byte(), suite.extractors)
+                write_statistics(path, statistics_of(real, extractor, data="CIFAR-10 test"))
+            suite.set_reference(path)
         return suite
+
+    def real(self) -> dict[str, float]:
+        """What training images score: the floor of the distance, the ceiling of the accuracy."""
+        rows = {c: (self.images.labels == c).nonzero().flatten().tolist() for c in range(10)}
+        return self.score(
+            lambda seeds, labels: _pixels(self.images, [rows[s % 10][s // 10] for s in seeds])
+        )
 
     def train(self, name: str, **target: Any) -> tuple[Any, dict[str, Any]]:
         """The pipeline of one run, trained now unless it is there, and its curve's last line."""
@@ -69,10 +79,9 @@ class Study:
         pipe = averaged_pipeline(out)
         pipe.set_progress_bar_config(disable=True)
         lines = (out / "loss.jsonl").read_text().splitlines()
-        shutil.rmtree(out / "previews", ignore_errors=True)
         return pipe, {"curve": [_line(text) for text in lines], "target": trainer.target()}
 
-    def score(self, generate: Callable[[list[int], Tensor], Tensor]) -> dict[str, float]:
+    def score(self, generate: Generate) -> dict[str, float]:
         """Scores of images in [-1, 1] made by ``generate(seeds, labels)``."""
         self.suite.reset(keep_reference=True)
         for rows in torch.arange(self.samples).split(BATCH):
@@ -81,35 +90,76 @@ class Study:
         return dict(self.suite.compute().values)
 
 
+def _pixels(images: Images, rows: Sequence[int]) -> Tensor:
+    """Images in [-1, 1], none of them mirrored."""
+    parts = torch.tensor(rows).split(1000)
+    return torch.cat([images.take(r, torch.zeros(len(r), dtype=torch.bool))[0] for r in parts])
+
+
 def _line(text: str) -> list[float]:
     line = json.loads(text)
     return [line["step"], line["loss"], *([line["k"]] if "k" in line else [])]
+
+
+def show(generate: Generate, path: Path) -> None:
+    """Ten images, one of each class, from seeds 0 to 9, in a row."""
+    save_strip(generate(list(range(10)), torch.arange(10)), path)
 
 
 def kdiff_part(study: Study, points: Points, seeds: int) -> str:
     """Part (b): one network at every k."""
 
     def make(name: str) -> Point:
+        if name == "real":
+            return {"scores": study.real()}
         k, seed = name.removeprefix("k-").rsplit("-", 1)
         pipe, made = study.train(name, objective="kdiff", k=k, seed=int(seed))
 
-        def generate(seeds: list[int], labels: Tensor) -> Tensor:
-            call = {"num_inference_steps": 20, "output_type": "latent"}
-            return pipe(labels, seeds=seeds, **call).images
+        def at(scale: float) -> Generate:
+            call = {"num_inference_steps": 20, "output_type": "latent", "guidance_scale": scale}
+            return lambda seeds, labels: pipe(labels, seeds=seeds, **call).images
 
-        return {**made, "scores": study.score(generate)}
+        show(at(GUIDED), points.folder / f"{name}.png")
+        return {**made, "scores": study.score(at(1.0)), "guided": study.score(at(GUIDED))}
 
     names = [f"k-{k}-{seed}" for seed in range(seeds) for k in KS]
-    found = {p["name"]: p for p in points.fill(names, make, "k")}
-    rows = []
+    found = {p["name"]: p for p in points.fill(["real", *names], make, "k")}
+    real, rows = found.pop("real")["scores"], []
     for k in KS:
-        runs = [found[f"k-{k}-{seed}"] for seed in range(seeds)]
-        loss = interval(sum(c[1] for c in r["curve"][-10:]) / len(r["curve"][-10:]) for r in runs)
-        scores = [interval(column, d) for column, d in _columns(runs)]
-        rows.append([k, interval((r["target"]["k"] for r in runs), 3), loss, *scores])
+        runs, beside = ([found[f"k-{at}-{seed}"] for seed in range(seeds)] for at in (k, "0.5"))
+        ends = [[c[1] for c in r["curve"][-10:]] for r in runs]
+        gaps = [_fd(r) - _fd(other) for r, other in zip(runs, beside, strict=True)]
+        rows.append([
+            k, interval((r["target"]["k"] for r in runs), 3),
+            interval(sum(end) / len(end) for end in ends), interval(map(_fd, runs), 1),
+            interval(gaps, 1), *(f(runs) for f in (_fd_guided, _accuracy)),
+        ])  # fmt: skip
     plot_curves(found, points.folder / "curves.png")
-    head = ["k", "k at the end", "velocity loss", "fd-cifar ↓", "class accuracy ↑"]
-    return f"{table(head, rows)}\n\n{_track(found, seeds)}"
+    strips = {f"k = {k}" if k[0].isdigit() else k: points.folder / f"k-{k}-0.png" for k in KS}
+    plot_strips(strips, points.folder / "samples.png")
+    head = ["k", "k at the end", "velocity loss", "fd-cifar ↓", "fd minus that of k = 0.5, paired",
+            "fd, guided", "class accuracy, guided ↑"]  # fmt: skip
+    return f"{table(head, rows)}\n\n{_floor(real)}\n\n{_track(found, seeds)}"
+
+
+def _fd(point: Point) -> float:
+    return float(point["scores"]["fd-cifar"])
+
+
+def _fd_guided(runs: list[Point]) -> str:
+    return interval((r["guided"]["fd-cifar"] for r in runs), 1)
+
+
+def _accuracy(runs: list[Point]) -> str:
+    return interval((100 * r["guided"]["accuracy"] for r in runs), 1) + " %"
+
+
+def _floor(real: dict[str, float]) -> str:
+    return (
+        f"As many training images, at this resolution: fd {real['fd-cifar']:.1f}, class accuracy "
+        f"{100 * real['accuracy']:.1f} %. Chance is 10 %. Guided: classifier-free, scale "
+        f"{GUIDED:g}."
+    )
 
 
 def _track(found: dict[str, Point], seeds: int) -> str:
@@ -122,56 +172,6 @@ def _track(found: dict[str, Point], seeds: int) -> str:
     return "Learned k (at update):\n\n" + table(["seed", "start", *[" "] * 4, "end"], rows)
 
 
-def _columns(runs: list[Point]) -> list[tuple[list[float], int]]:
-    scores = [run["scores"] for run in runs]
-    return [([s["fd-cifar"] for s in scores], 1), ([100 * s["accuracy"] for s in scores], 1)]
-
-
-def edm_sampler(
-    pipe: Any, augment_dim: float, alpha: float
-) -> Callable[[list[int], Tensor], Tensor]:
-    """Heun's sampler with noise ``alpha * sigma`` added before each step, as the paper's test."""
-    network, shape = pipe.transformer, (3, *[pipe.transformer.config.sample_size] * 2)
-    kind = pipe.prediction_kind
-
-    @torch.no_grad()
-    def generate(seeds: list[int], labels: Tensor) -> Tensor:
-        generators = seeded_generators(seeds)
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            ready = x * input_scale(x, sigma, kind.parameter or 0.5, augment_dim)
-            time = (1000 * sigma.log() / 4).expand(len(x))
-            output = network(ready, timestep=time, class_labels=labels, return_dict=False)[0]
-            return to_denoised(output, kind, x, Level.ve(sigma))
-
-        def step(fn: Any, x: Tensor, now: Tensor, then: Tensor, memory: Any = None) -> Tensor:
-            if alpha:
-                fresh = torch.stack([torch.randn(shape, generator=g) for g in generators])
-                x = x + alpha * now * fresh
-            return heun_step(fn, x, now, then)
-
-        prior = 80 * student_noise(generators, shape, augment_dim)
-        return integrate(denoise, prior, karras_sigmas(STEPS), step)
-
-    return generate
-
-
-@torch.no_grad()
-def quantised(model: nn.Module, bits: int) -> None:
-    """Round every weight matrix to ``bits``, per tensor, asymmetric, zero point on the grid.
-
-    As in the paper's test, but for its list of names: every parameter of two or more dimensions
-    outside the embeddings is rounded.
-    """
-    for name, weight in model.named_parameters():
-        if weight.ndim < 2 or "emb" in name:
-            continue
-        low, high = weight.min(), weight.max()
-        scale = (high - low) / (2**bits - 1)
-        zero = (-low / scale).trunc()
-        weight.copy_(((weight / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale)
-
-
 def pfgmpp_part(study: Study, points: Points, seeds: int) -> str:
     """Part (c): one network at every D, and how it bears noise and coarse weights."""
 
@@ -179,31 +179,51 @@ def pfgmpp_part(study: Study, points: Points, seeds: int) -> str:
         dim, seed = name.removeprefix("D-").rsplit("-", 1)
         target = {"objective": "pfgmpp", "augment_dim": dim, "seed": int(seed)}
         pipe, made = study.train(name, **target)
-        cases = {f"alpha {a}": study.score(edm_sampler(pipe, float(dim), a)) for a in (0, *ALPHAS)}
+
+        def at(alpha: float = 0, **more: Any) -> Generate:
+            return edm_sampler(pipe, float(dim), alpha, **more)
+
+        show(at(scale=GUIDED), points.folder / f"{name}.png")
+        show(at(ALPHAS[-1], scale=GUIDED), points.folder / f"{name}-noise.png")
+        cases = {f"alpha {a}": study.score(at(a)) for a in (0, *ALPHAS)}
+        cases[f"alpha {ALPHAS[-1]}, told"] = study.score(at(ALPHAS[-1], told=True))
+        guided = study.score(at(scale=GUIDED))
         kept = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
         for bits in BITS:
             pipe.transformer.load_state_dict(kept)
             quantised(pipe.transformer, bits)
-            cases[f"{bits} bits"] = study.score(edm_sampler(pipe, float(dim), 0))
-        return {**made, "scores": cases["alpha 0"], "cases": cases}
+            cases[f"{bits} bits"] = study.score(at())
+        return {**made, "scores": cases["alpha 0"], "guided": guided, "cases": cases}
 
     names = [f"D-{dim}-{seed}" for seed in range(seeds) for dim in DIMS]
     found = {p["name"]: p for p in points.fill(names, make, "D")}
-    cases = ["alpha 0", *(f"alpha {a}" for a in ALPHAS), *(f"{b} bits" for b in BITS)]
-    size, rows = 3 * study.config.resolution**2, []
+    cases = ["alpha 0", *(f"alpha {a}" for a in ALPHAS), f"alpha {ALPHAS[-1]}, told",
+             *(f"{b} bits" for b in BITS)]  # fmt: skip
+    size, rows, drifts = 3 * study.config.resolution**2, [], []
     for dim in DIMS:
         runs = [found[f"D-{dim}-{seed}"] for seed in range(seeds)]
         cells = [interval((r["cases"][c]["fd-cifar"] for r in runs), 1) for c in cases]
-        accuracy = interval((100 * r["scores"]["accuracy"] for r in runs), 1)
-        drift = [f"{log_drift(size, float(dim), alpha):.1f}" for alpha in ALPHAS]
-        rows.append([dim, accuracy, *cells, *drift])
-    drifts = [f"drift at {a} / std(log R)" for a in ALPHAS]
-    head = ["D", "class accuracy", *(f"fd, {c}" for c in cases), *drifts]
-    return table(head, rows)
+        rows.append([dim, *cells, _fd_guided(runs), _accuracy(runs)])
+        drift = [log_drift(size, float(dim), alpha) for alpha in ALPHAS]
+        drifts.append([dim, f"{log_spread(size, float(dim)):.4f}", *(f"{d:.1f}" for d in drift)])
+    plot_robustness(found, ALPHAS, BITS, points.folder / "robustness.png")
+    strips = {
+        f"D = {dim}\n{text}": points.folder / f"D-{dim}-0{tail}.png"
+        for dim in DIMS
+        for tail, text in (("", "as it is"), ("-noise", f"alpha {ALPHAS[-1]}"))
+    }
+    plot_strips(strips, points.folder / "samples.png")
+    head = ["D", *(f"fd, {c}" for c in cases), "fd, guided", "class accuracy, guided"]
+    says = ["D", "std(log R)", *(f"drift of log R at alpha {a}, in std(log R)" for a in ALPHAS)]
+    return f"{table(head, rows)}\n\n{table(says, drifts)}"
+
+
+def log_spread(size: int, augment_dim: float) -> float:
+    """The standard deviation of log R at one sigma: what norms of noise training has seen."""
+    half = torch.tensor([size / 2, augment_dim / 2], dtype=torch.float64)
+    return float(torch.polygamma(1, half[torch.isfinite(half)]).sum().sqrt() / 2)
 
 
 def log_drift(size: int, augment_dim: float, alpha: float) -> float:
-    """How far injected noise moves log R, in standard deviations of what training has seen."""
-    half = torch.tensor([size / 2, augment_dim / 2], dtype=torch.float64)
-    seen = torch.polygamma(1, half[torch.isfinite(half)]).sum().sqrt() / 2
-    return 0.5 * math.log(1 + STEPS * alpha**2) / float(seen)
+    """How far noise injected at every step has moved log R in the end, in ``log_spread``."""
+    return 0.5 * math.log(1 + STEPS * alpha**2) / log_spread(size, augment_dim)

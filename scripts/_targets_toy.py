@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from _targets_plots import plot_learned
 from _targets_points import Point, Points, interval, table
 from torch import Tensor, nn
 
@@ -125,6 +126,12 @@ def learned_part(points: Points, seeds: int, steps: int) -> str:
         ]
         root = math.sqrt(AMBIENT) / (math.sqrt(AMBIENT) + math.sqrt(d))
         moved.append([d, f"{AMBIENT / (AMBIENT + d):.3f}", f"{root:.3f}", *marks])
+    paths = {d: [r["curve"] for r in group(d, "learned")] for d in INTRINSIC}
+    means = {
+        d: [(mark[0][0], sum(k for _, k in mark) / seeds) for mark in zip(*curves, strict=True)]
+        for d, curves in paths.items()
+    }
+    plot_learned(means, AMBIENT, points.folder.parent / "learned.png")
     stamps = [f"k at {step}" for step, _ in group(1, "learned")[0]["curve"]]
     head = ["d", "D / (D + d)", "√D / (√D + √d)", *stamps]
     losses = [
@@ -152,7 +159,8 @@ def weights_of(name: str, samples: int) -> list[float]:
         "churn": None if math.isinf(augment_dim) else StudentChurnStep(
             seeded_generators(range(samples)), augment_dim, gamma=0.3),
     }  # fmt: skip
-    out = integrate(denoise, 80 * noise, karras_sigmas(18), steps.get(kind) or heun_step)
+    grid = karras_sigmas(200 if kind == "fine" else 18)
+    out = integrate(denoise, 80 * noise, grid, steps.get(kind) or heun_step)
     near = torch.cdist(out, atoms).argmin(1).bincount(minlength=3)
     return (near / samples).tolist()
 
@@ -160,8 +168,9 @@ def weights_of(name: str, samples: int) -> list[float]:
 def atoms_part(points: Points, samples: int) -> str:
     """Part (d): the weights of three atoms at every D, and what spoils them."""
     kinds: Sequence[tuple[str, str]] = (
-        ("own", "Heun, the right prior"),
-        ("gaussprior", "Heun, Gaussian prior"),
+        ("own", "Heun, 18 steps"),
+        ("fine", "Heun, 200 steps"),
+        ("gaussprior", "Gaussian prior"),
         ("gausschurn", "Gaussian churn"),
         ("churn", "Student-t churn (reconstruction)"),
     )

@@ -12,7 +12,7 @@ points they were made of.
 from __future__ import annotations
 
 import argparse
-import sys
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +23,15 @@ from _targets_images import Study, kdiff_part, pfgmpp_part
 from _targets_points import Points
 from _targets_toy import atoms_part, learned_part, linear_part
 
+from diffsteer.eval import cifar_extractor
+from diffsteer.pipelines import files
 from diffsteer.training import TrainConfig
 
+BEGIN = "<!-- from here on written by scripts/reproduce_targets.py -->"
+END = "<!-- up to here -->"
+PICTURES = {
+    "a": ("learned",), "b": ("curves", "samples"), "c": ("robustness", "samples"), "d": ()
+}  # fmt: skip
 TITLES = {
     "a": "Linear predictor, and a learned k on data of known dimension",
     "b": "CIFAR-10 at every k",
@@ -52,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     add("--head-dim", type=int, default=32, help="of the image models (default: 32)")
     add("--batch-size", type=int, default=64, help="of the image models (default: 64)")
     add("--precision", default="bf16", choices=("bf16", "fp32"), help="of their training")
+    add("--page", type=Path, help="put the tables into this page, between its marks")
+    add("--plots", type=Path, help="copy the pictures there, as targets_*.png")
     add("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
@@ -85,7 +94,8 @@ def run_part(part: str, args: argparse.Namespace) -> str:
     study = study_of(args)
     free = ("data", "checkpoint_every", "preview_every")
     settings = {k: v for k, v in asdict(study.config).items() if k not in free}
-    points = Points(folder, {**settings, "samples": args.samples})
+    judge = cifar_extractor().id
+    points = Points(folder, {**settings, "samples": args.samples, "judge": judge})
     return (kdiff_part if part == "b" else pfgmpp_part)(study, points, args.seeds)
 
 
@@ -98,13 +108,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         text = run_part(part, args)
-        (args.out / f"{part}.md").write_text(f"## ({part}) {TITLES[part]}\n\n{text}\n")
-    done = [path for part in TITLES if (path := args.out / f"{part}.md").is_file()]
-    command = " ".join(["python scripts/reproduce_targets.py", *(argv or sys.argv[1:])])
-    note = f"`{command}`, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n"
-    report = "\n".join(["# Targets: measured\n", note, *(path.read_text() for path in done)])
-    (args.out / "report.md").write_text(report)
+        files.write_bytes(
+            args.out / f"{part}.md", f"## ({part}) {TITLES[part]}\n\n{text}\n".encode()
+        )
+    publish(args.out, args.page, args.plots)
     print(args.out / "report.md")
+
+
+def publish(out: Path, page: Path | None, plots: Path | None) -> None:
+    """Join the tables of all parts that are done, and put them and the pictures where wanted."""
+    parts = []
+    for part, names in PICTURES.items():
+        if (out / f"{part}.md").is_file():
+            parts.append((out / f"{part}.md").read_text())
+        for name in names:
+            picture = out / part / f"{name}.png"
+            if plots is not None and picture.is_file():
+                plots.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(picture, plots / f"targets_{part}_{name}.png")
+    made = f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n"
+    files.write_bytes(
+        out / "report.md", "\n".join(["# Targets: measured\n", made, *parts]).encode()
+    )
+    if page is not None:
+        before, _, rest = page.read_text().partition(BEGIN)
+        after, text = rest.partition(END)[2], "\n".join(parts)
+        files.write_bytes(page, f"{before}{BEGIN}\n\n{text}\n{END}{after}".encode())
 
 
 if __name__ == "__main__":
