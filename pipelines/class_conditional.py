@@ -1,11 +1,12 @@
 """A diffusers pipeline for class-conditional models in pixel space: flow matching and EDM."""
 
-# No `from __future__ import annotations`: diffusers reads the constructor's types at load time.
+# No `from __future__ import annotations`: diffusers reads the constructor's types at load time, and
+# until 0.37 it understands Union and Optional but not `A | B`.
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -56,12 +57,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: DiTTransformer2DModel | UNet2DModel,
+        transformer: Union[DiTTransformer2DModel, UNet2DModel],  # noqa: UP007
         scheduler: SchedulerMixin,
         prediction: str = "velocity",
-        id2label: dict | None = None,
-        k: float | None = None,
-        augment_dim: float | None = None,
+        id2label: Optional[dict] = None,  # noqa: UP045
+        k: Optional[float] = None,  # noqa: UP045
+        augment_dim: Optional[float] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         check_prediction(prediction, k, augment_dim)
@@ -221,7 +222,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels=classes,
             return_dict=False,
         )[0].float()
-        if not edm:
+        if not edm and not hasattr(self.scheduler, "raw_kind"):  # one that takes k-Diff itself
             output = self.velocity(output, torch.cat([x, x]) if guided else x, sigma)
         if not guided:
             return output

@@ -83,6 +83,10 @@ class LevelReader:
 
     def read(self, timestep: Tensor | float) -> Reading:
         """See ``noise_level``."""
+        reading, own = self._read(timestep), getattr(self.scheduler, "raw_kind", None)
+        return reading if own is None else reading._replace(kind=own)  # k-Diff in a stock solver
+
+    def _read(self, timestep: Tensor | float) -> Reading:
         s = self.scheduler
         name = type(s).__name__
         if callable(getattr(s, "noise_level", None)):
