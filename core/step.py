@@ -66,6 +66,7 @@ class Step:
         ratios: the noise-to-signal ratios of this step and all that follow, (n,) on the CPU, at the
             first step of a trajectory; None at the others and where the adapter cannot tell.
         stochastic: whether the solver adds noise, where the adapter can tell.
+        classes: how many class labels the model knows, where the adapter can tell.
     """
 
     x: Tensor
@@ -84,6 +85,7 @@ class Step:
     recorded: Callable[[str, Branch], Any] | None = None
     ratios: Tensor | None = None
     stochastic: bool = False
+    classes: int | None = None
 
     def need_uncond(self, who: str) -> Tensor:
         """The unconditional prediction, or an error that says how to get one.

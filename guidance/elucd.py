@@ -27,7 +27,7 @@ from .checks import (
     one_label_a_sample,
 )
 from .elucd_schedule import direction_size, posterior_variance, sine_boost
-from .labels import check_table, classify, own_labels, require_sound
+from .labels import check_classes, check_table, classify, own_labels, require_sound
 
 Form = Literal["score", "posterior", "direction"]
 
@@ -126,13 +126,17 @@ class CalibratedClassifierGuidance:
             pixels in [-1, 1]: ``clipped_pixels`` of the denoised sample, or, for ``"direction"``,
             ``unit_pixels`` of the noisy sample at unit size. (The released code feeds [-1, 1].) For
             latent models ``image_decoder(pipe)``.
+        classify_on: ``"denoised"``, the clean prediction, or ``"noisy"``: the sample itself, scaled
+            to ``sqrt(alpha^2 + sigma^2) = 1`` as in variance-preserving models; exact for a
+            classifier of noisy samples. ``"direction"`` always looks at the noisy sample.
         through_denoiser: take the gradient with respect to the noisy sample, through the denoiser
             (one more evaluation with its graph); else with respect to the denoised sample, as
             released.
 
     Raises:
         TypeError: if the classifier is not callable or ``rule`` is no rule.
-        ValueError: if a number is out of range, or the classifier is in training mode.
+        ValueError: if a number is out of range, the classifier is in training mode, or arguments
+            exclude each other.
 
     Source: arXiv 2310.11311 and its code. Where we differ: the largest variance is that of the
     schedule and not of one pixel of one sample, and the push does not depend on other samples of
@@ -150,6 +154,7 @@ class CalibratedClassifierGuidance:
     label_map: Tensor | None = None
     condition: str = "class_labels"
     decode: Callable[[Tensor], Tensor] | None = None
+    classify_on: Literal["denoised", "noisy"] = "denoised"
     through_denoiser: bool = False
 
     commutes = False
@@ -166,6 +171,12 @@ class CalibratedClassifierGuidance:
         check_number("marginal", self.marginal, low=0.0, remedy="1 is plain classifier guidance")
         check_number("sine", self.sine, low=0.0, remedy="0 is off")
         check_choice("form", self.form, ("score", "posterior", "direction"))
+        check_choice("classify_on", self.classify_on, ("denoised", "noisy"))
+        if self.through_denoiser and (self.classify_on == "noisy" or self.form == "direction"):
+            raise ValueError(
+                "through_denoiser differentiates what the classifier sees of the denoised "
+                "prediction, but here it sees the noisy sample; leave one of them out"
+            )
         check_table(self.label_map)
 
     @property
@@ -226,6 +237,8 @@ class CalibratedClassifierGuidance:
         table = None if self.label_map is None else self.label_map.to(logits.device)
         own, known = own_labels(labels, logits.shape[1], table)
         if ("seen", id(self)) not in step.memory:  # once a trajectory: this waits for the device
+            if self.labels is None:  # labels of one's own may be of anything, e.g. of attributes
+                check_classes(logits.shape[1], table, step.classes)
             require_sound(labels, known, logits)
             step.memory["seen", id(self)] = True
         return calibrated_energy(logits, own, joint=self.joint, marginal=self.marginal)
@@ -235,12 +248,15 @@ class CalibratedClassifierGuidance:
         with torch.inference_mode(False), torch.enable_grad():
             if self.through_denoiser:
                 leaf = step.x.detach().clone().requires_grad_()
-                denoised = step.predict(leaf, "cond")
+                seen = step.predict(leaf, "cond")
+            elif self.classify_on == "noisy":
+                leaf = widen(step.x).detach().clone().requires_grad_()
+                alpha, sigma = step.level.over(leaf)
+                seen = leaf / torch.hypot(alpha, sigma)
             else:
-                leaf = denoised = base.detach().clone().requires_grad_()
-            return _slope(
-                self._energy(step, (self.decode or clipped_pixels)(denoised), labels.clone()), leaf
-            )
+                leaf = seen = base.detach().clone().requires_grad_()
+            images = (self.decode or clipped_pixels)(seen)
+            return _slope(self._energy(step, images, labels.clone()), leaf)
 
     def _push_sample(self, step: Step) -> Tensor:
         size = direction_size(step.index, step.count, self.scale, self.sine)

@@ -26,7 +26,7 @@ from .checks import (
     check_reached,
     one_label_a_sample,
 )
-from .labels import check_table, classify, own_labels, require_sound
+from .labels import check_classes, check_table, classify, own_labels, require_sound
 
 Mode = Literal["pair", "top", "miss", "binary", "const"]
 Combine = Literal["alone", "cfg", "switch", "autoguidance"]
@@ -232,6 +232,12 @@ class GradientFreeClassifierGuidance:
             labels = step.argument(self.condition)
         return one_label_a_sample(labels, step.cond)
 
+    def _classes(self, step: Step) -> int | None:
+        """How many conditions there are to choose a reference from, where that is known."""
+        if isinstance(self.condition, str):
+            return step.classes
+        return _rows(self.condition)
+
     def _condition(self, step: Step, labels: Tensor) -> dict[str, Any]:
         if isinstance(self.condition, str):
             return {self.condition: labels}
@@ -255,6 +261,7 @@ class GradientFreeClassifierGuidance:
             labels = self._labels(step)
             wanted, known = own_labels(labels, logits.shape[1], table)
             if held is None:  # once a trajectory: this waits for the device
+                check_classes(logits.shape[1], table, self._classes(step))
                 require_sound(labels, known, logits)
             own = self._settle(reference_class(logits, wanted), logits, memory)
             phi = confusion(logits, wanted, own, mode=self.mode, temperature=self.temperature)
@@ -278,6 +285,11 @@ class GradientFreeClassifierGuidance:
             fresh = torch.where(gain > math.log(self.hysteresis), fresh, last)
         memory["own"] = fresh
         return fresh
+
+
+def _rows(table: Any) -> int:
+    """The number of rows of a table, or of the first of several."""
+    return _rows(next(iter(table.values()))) if isinstance(table, Mapping) else int(table.shape[0])
 
 
 def _each(table: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.tensors import widen
+from .checks import check_classifier
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -103,6 +104,32 @@ def own_labels(
     return same.long().argmax(1), same.any(1)
 
 
+def check_classes(classes: int, label_map: Tensor | None, model: int | None) -> None:
+    """Refuse a classifier whose classes are not those of the model. Waits for the device.
+
+    Args:
+        classes: K, how many classes the classifier has.
+        label_map: the model's label of each, (K,); None if both count alike.
+        model: how many classes the model has; nothing is checked where it is None.
+
+    Raises:
+        ValueError: if the numbers differ and there is no map, or it leads out of the model.
+    """
+    if model is None:
+        return
+    if label_map is None and classes != model:
+        raise ValueError(
+            f"the classifier has {classes} classes, the model {model}; pass label_map, the model's "
+            "label of each class (match_classes pairs them by name), or join and leave out "
+            "classes with MergedClasses"
+        )
+    if label_map is not None and int(label_map.max()) >= model:
+        raise ValueError(
+            f"label_map names label {int(label_map.max())}, but the model has {model} classes, "
+            f"0 to {model - 1}"
+        )
+
+
 def require_sound(labels: Tensor, known: Tensor, logits: Tensor) -> None:
     """Refuse labels that are no classes, and logits that are no numbers. Waits for the device.
 
@@ -133,7 +160,9 @@ class MergedClasses:
         groups: class indices of each group, e.g. ``[[3], [5, 6]]``.
 
     Raises:
-        ValueError: for fewer than two groups, an empty one, or a class in two of them.
+        TypeError: if the classifier is not callable.
+        ValueError: for fewer than two groups, an empty one, a class in two of them, or a classifier
+            in training mode.
     """
 
     classifier: Classifier
@@ -141,6 +170,7 @@ class MergedClasses:
 
     def __post_init__(self) -> None:
         """Check the groups."""
+        check_classifier(self.classifier)
         members = [index for group in self.groups for index in group]
         if len(self.groups) < 2 or not all(self.groups):
             raise ValueError(f"groups must be two or more, none empty, got {self.groups}")

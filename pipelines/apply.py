@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.step import Guidance, MissingPrediction, Step
 from ..core.tensors import widen
-from .observe import normal
+from .labels import known_classes
+from .observe import normal, plain
 from .predictions import Predictions
 from .spaces import Space
 from .trajectory import Trajectory
@@ -134,6 +135,7 @@ def _make_step(seen: Predictions, space: Space | None, now: Trajectory, timestep
         recorded=seen.argument,
         ratios=now.ratios,
         stochastic=now.stochastic,
+        classes=known_classes(plain(seen.calls[0].module)) if seen.calls else None,
     )
 
 

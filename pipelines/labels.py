@@ -94,14 +94,24 @@ def count_classes(network: Any) -> int:
             f"transformer: expected as many output as input channels ({channels}), got "
             f"{config['out_channels']}; learned variances have no meaning in flow matching"
         )
-    if config.get("num_embeds_ada_norm"):
-        return int(config["num_embeds_ada_norm"])
-    if config.get("num_class_embeds"):
-        return int(config["num_class_embeds"]) - 1  # the last row is the null class
+    known = known_classes(network)
+    if known is not None:
+        return known
     raise ValueError(
         f"transformer: {type(network).__name__} takes no class labels; set num_embeds_ada_norm "
         "(DiTTransformer2DModel) or num_class_embeds = classes + 1 (UNet2DModel)"
     )
+
+
+def known_classes(network: Any) -> int | None:
+    """The number of class labels of a DiT or UNet, without the null class; None for any other."""
+    config = getattr(network, "config", None) or {}
+    if config.get("num_embeds_ada_norm"):
+        return int(config["num_embeds_ada_norm"])
+    # The embeddings of a UNet2DConditionModel may be of anything, e.g. of a noise level.
+    if type(network).__name__ == "UNet2DModel" and config.get("num_class_embeds"):
+        return int(config["num_class_embeds"]) - 1  # the last row is the null class
+    return None
 
 
 def check_names(id2label: Mapping[Any, str] | None, num_classes: int) -> dict[int, str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
-from diffsteer.core import Guidance, Step
+from diffsteer.core import Guidance
 from diffsteer.guidance import (
     AdaptiveProjectedGuidance,
     AutoGuidance,
@@ -37,18 +35,6 @@ class Tools:
     temperature: float = 1.0
     low: float = 0.0
     high: float = float("inf")
-
-
-@dataclass(frozen=True, eq=False)
-class NoisyInput:
-    """An ablation: a rule's push, taken at the noisy sample instead of the denoised one."""
-
-    rule: CalibratedClassifierGuidance
-    commutes = False
-
-    def __call__(self, step: Step) -> Tensor:
-        """``step.cond`` plus what the rule would add to the noisy sample."""
-        return step.cond + (self.rule(replace(step, cond=step.x)) - step.x)
 
 
 def one_view(classifier: Any) -> Any:
@@ -116,7 +102,7 @@ def elucd_points(tools: Tools) -> list[SweepPoint]:
 
     s = ABLATED_AT
     ablations: dict[str, Guidance] = {
-        "noisy input": NoisyInput(rule(s)),
+        "noisy input": rule(s, classify_on="noisy"),
         "ReLU": rule(s, tools.classifier),
         "equal temperatures": rule(s, marginal=1.0),
         "no sine term": rule(s, sine=0.0),

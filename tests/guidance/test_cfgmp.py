@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -94,6 +95,10 @@ def test_p3_the_gap_is_the_scaled_gradient_of_the_implicit_classifier():
 def test_p4_gaps_of_two_gaussians():
     uncond, cond = gaussian_velocity(0, 1, 0.3), gaussian_velocity(1, 0.3, 0.3)
     x, gaps = torch.tensor([[-0.5]], dtype=DOUBLE), []
+    jacobian = torch.autograd.functional.jacobian(
+        lambda y: manifold_operator(uncond, cond, y, 0.05), x
+    )
+    assert float(jacobian) == pytest.approx(0.9646, abs=1e-4)
     for _ in range(400):
         gaps.append(float(cond(x) - uncond(x)))
         x = manifold_operator(uncond, cond, x, 0.05)
@@ -252,6 +257,23 @@ def test_p10_evaluations_are_what_the_docstring_says(iterations, anderson):
     integrate(denoiser, x, grid, euler_step)
     assert gated == 6
     assert denoiser.evaluations == 2 * 10 + gated * (2 * iterations + 1)
+
+
+@pytest.mark.parametrize(
+    "steps, gated, counts",
+    [(10, 7, (34, 48, 62)), (20, 14, (68, 96, 124)), (30, 20, (100, 140, 180))],
+)
+def test_p10_the_released_sd35_grid_costs_what_the_authors_count(steps, gated, counts):
+    """And one evaluation more at each gated step: what a pipeline has made before it asks."""
+    fine = torch.linspace(1, 1e-4, 2 * steps, dtype=DOUBLE)
+    grid = torch.cat([(3 * fine / (1 + 2 * fine))[::2], torch.zeros(1, dtype=DOUBLE)])
+    data, (x, labels) = mixture(), starts(2)
+    for iterations, count in enumerate(counts, 1):
+        rule = replace(ManifoldProjectedGuidance.sd3(CFG), iterations=iterations)
+        denoiser = guided(rule, data, labels)
+        integrate(denoiser, x, grid, euler_step)
+        assert count == 2 * steps + 2 * iterations * gated
+        assert denoiser.evaluations == count + gated
 
 
 def test_p11_iterations_make_the_result_less_sensitive_to_the_scale():

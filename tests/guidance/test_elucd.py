@@ -85,6 +85,23 @@ def test_t3_linear_classifier_in_closed_form():
     torch.testing.assert_close(guided - cond, 2.0 * 0.25 * gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_a_classifier_of_noisy_samples_is_classifier_guidance_to_the_letter():
+    data, x = GaussianMixture.random(3, shape=(2,)), 3 * torch.randn(9, 2, dtype=DOUBLE)
+    labels = torch.arange(9) % 3
+    for level in (Level.ve(torch.tensor(0.8).double()), Level.flow(torch.tensor(0.6).double())):
+        size = torch.hypot(level.alpha, level.sigma)
+        rule = CalibratedClassifierGuidance(
+            lambda seen, level=level, size=size: data.class_posterior(seen * size, level).log(),
+            marginal=1.0,
+            sine=0.0,
+            labels=labels,
+            decode=as_is,
+            classify_on="noisy",
+        )
+        guided = rule(make_step(x, level, data.denoise(x, level, None)))
+        torch.testing.assert_close(guided, data.denoise(x, level, labels))
+
+
 def two_classes(mean=1.2, std=0.5) -> GaussianMixture:
     return GaussianMixture(
         torch.tensor([[-mean], [mean]], dtype=DOUBLE), torch.tensor([std, std], dtype=DOUBLE)
@@ -270,6 +287,35 @@ def test_t8_softplus_swap():
         smooth_activations(nn.Sequential(nn.Linear(2, 2), nn.GELU()), 3.0)
 
 
+def test_t8_a_smooth_classifier_has_curvature_at_former_kinks_and_steadier_gradients():
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    smooth = smooth_activations(net, 3.0).double()
+    kink = torch.linalg.lstsq(smooth[0].weight[:6], -smooth[0].bias[:6]).solution
+
+    def energy(x):
+        return calibrated_energy(smooth(x[None]), torch.tensor([1]), marginal=0.5).sum()
+
+    assert smooth[0](kink[None])[0, :6].abs().max() < 1e-9  # six units are at their kink
+    hessian = torch.autograd.functional.hessian(energy, kink)
+    assert torch.isfinite(hessian).all() and hessian.abs().max() > 1e-3
+
+    def unsteadiness(beta):
+        classifier = smooth_activations(net, beta)
+        x = torch.randn(200, 6)
+        slopes = []
+        for _ in range(8):
+            leaf = (x + 0.05 * torch.randn_like(x)).requires_grad_()
+            ones = torch.ones(200, dtype=torch.long)
+            slopes.append(
+                torch.autograd.grad(calibrated_energy(classifier(leaf), ones).sum(), leaf)[0]
+            )
+        return float(torch.stack(slopes).var(0).mean())
+
+    spread = [unsteadiness(beta) for beta in (1.0, 3.0, 10.0, math.inf)]
+    assert spread == sorted(spread)
+
+
 def test_t9_calibration_error():
     torch.manual_seed(3)
     logits = 2 * torch.randn(40_000, 5)
@@ -364,6 +410,12 @@ def test_a_label_map_renumbers_the_classes():
         (lambda: CalibratedClassifierGuidance(as_is, scale=math.nan), ValueError, "scale"),
         (lambda: CalibratedClassifierGuidance(as_is, marginal=-1.0), ValueError, "marginal"),
         (lambda: CalibratedClassifierGuidance(as_is, form="sde"), ValueError, "form"),
+        (lambda: CalibratedClassifierGuidance(as_is, classify_on="x"), ValueError, "classify_on"),
+        (
+            lambda: CalibratedClassifierGuidance(as_is, classify_on="noisy", through_denoiser=True),
+            ValueError,
+            "leave one of them out",
+        ),
         (lambda: smooth_activations(nn.ReLU(), 0.0), ValueError, "beta"),
         (lambda: reliability(torch.zeros(0, 3), torch.zeros(0)), ValueError, "N > 0"),
         (
@@ -404,6 +456,17 @@ def test_a_label_map_renumbers_the_classes():
         (lambda: climb(lambda x: x.detach()), ValueError, "without gradients"),
         (lambda: climb(as_is, labels=torch.tensor([0, 3])), ValueError, r"\[3\] are no classes"),
         (lambda: climb(as_is, label_map=torch.tensor([4, 0])), ValueError, "2 entries for 3"),
+        (
+            lambda: CalibratedClassifierGuidance(as_is, decode=as_is)(
+                make_step(
+                    *(torch.zeros(2, 3), Level.ve(1.0), torch.zeros(2, 3)),
+                    recorded=lambda name, branch: torch.tensor([0, 1]),
+                    classes=1000,
+                )
+            ),
+            ValueError,
+            "has 3 classes, the model 1000",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, words):

@@ -108,6 +108,13 @@ def test_g3_confusion_modes():
     assert (top <= miss + 1e-6).all()
     assert confusion(LOGITS, LABELS, reference, mode="binary").tolist() == [0.0, 1.0, 0.0]
     assert confusion(LOGITS, LABELS, reference, mode="const").tolist() == [1.0, 1.0, 1.0]
+    rising = torch.tensor([[z, 1.0, 0.0] for z in (-20.0, -1.0, 1.0, 3.0, 30.0)])
+    first, second = torch.zeros(5, dtype=torch.long), torch.ones(5, dtype=torch.long)
+    for mode in ("pair", "top", "miss"):
+        phi = confusion(rising, first, second, mode=mode)
+        assert (phi.diff() < 0).all() and phi[-1] < 1e-9, (
+            "certainty of the wanted class is no doubt"
+        )
     broken = LOGITS.clone()
     broken[1, 0] = math.nan
     for mode in MODES:
@@ -347,6 +354,7 @@ def test_pixels_are_in_the_unit_interval():
 def run_with(classifier, **options):
     data, x = mixture(), torch.randn(2, 2, dtype=torch.float64)
     step, _ = make_step(data, x, 0.8, options.pop("step_labels", torch.tensor([0, 1])))
+    step.classes = options.pop("classes", None)
     if options.pop("no_record", False):
         step.recorded = None
     return GradientFreeClassifierGuidance(classifier, decode=lambda d: d, **options)(step)
@@ -383,6 +391,17 @@ def good(images):
             lambda: run_with(lambda x: torch.zeros(2, 2), step_labels=torch.tensor([0, 2])),
             ValueError,
             "label_map",
+        ),
+        (lambda: run_with(good, classes=1000), ValueError, "has 3 classes, the model 1000"),
+        (
+            lambda: run_with(good, classes=3, label_map=torch.tensor([1, 0, 3])),
+            ValueError,
+            "names label 3, but the model has 3",
+        ),
+        (
+            lambda: run_with(good, labels=torch.tensor([0, 1]), condition={"a": torch.ones(2, 4)}),
+            ValueError,
+            "has 3 classes, the model 2",
         ),
         (lambda: run_with(good, labels=torch.tensor([0])), ValueError, "labels must"),
         (lambda: run_with(good, label_map=torch.tensor([0, 1])), ValueError, "entries"),

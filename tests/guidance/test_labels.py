@@ -80,6 +80,7 @@ def test_names_pair_the_classes_that_both_have() -> None:
 @pytest.mark.parametrize(
     "call, words",
     [
+        (lambda: MergedClasses(nn.Linear(2, 2), [[0], [1]]), "training mode"),
         (lambda: MergedClasses(brightest, [[0]]), "two or more"),
         (lambda: MergedClasses(brightest, [[0], []]), "none empty"),
         (lambda: MergedClasses(brightest, [[0], [0, 1]]), "class 0 is in two groups"),

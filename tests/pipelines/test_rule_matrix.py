@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -95,30 +96,53 @@ ON = pytest.mark.parametrize("family", FAMILIES)
 
 
 @cache
-def shared(family: str) -> Tiny:
-    return build(family)
+def shared(family: str, dtype: torch.dtype = torch.float32) -> Tiny:
+    return build(family, dtype)
 
 
 @cache
-def weak_of(family: str) -> Any:
-    tiny = shared(family)
+def weak_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    tiny = shared(family, dtype)
     module = getattr(tiny.pipe, tiny.denoisers[0])
     layer = "mid_block" if tiny.denoisers[0] == "unet" else 0
     return degraded(module, skip=[layer])
 
 
-def run(family: str, rule: Guidance, **call: Any) -> tuple[Tensor, Any]:
-    tiny = shared(family)
+def rows_of(value: Any, rows: Sequence[int]) -> Any:
+    """Those rows of a list or tensor with one row an image."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == 2:
+        return value[list(rows)]
+    return [value[i] for i in rows] if isinstance(value, list) and len(value) == 2 else value
+
+
+def run(
+    family: str,
+    rule: Guidance,
+    rows: Sequence[int] = (0, 1),
+    dtype: torch.dtype = torch.float32,
+    **call: Any,
+) -> tuple[Tensor, Any]:
+    """The images of these rows; each has noise of its own, whatever rows are made with it."""
+    tiny = shared(family, dtype)
     given: Any = (
         {"order": "cu", "sign": 1} if family == "qwen" else {}
     )  # it renormalises: not measured
-    with steer(tiny.pipe, rule, weak=weak_of(family), **given) as block:
-        return tiny.call(num_inference_steps=STEPS, **call), block
+    inputs = {name: rows_of(value, rows) for name, value in tiny.inputs().items()}
+    inputs["generator"] = [torch.Generator().manual_seed(row) for row in rows]
+    if getattr(rule, "labels", None) is not None:
+        rule = replace(rule, labels=rows_of(rule.labels, rows))
+    with steer(tiny.pipe, rule, weak=weak_of(family, dtype), **given) as block:
+        return tiny.call(num_inference_steps=STEPS, **{**inputs, **call}), block
 
 
 @cache
-def plain(family: str, scale: float) -> Tensor:
-    return run(family, ClassifierFreeGuidance(scale))[0]
+def guided(family: str, rule: str) -> tuple[Tensor, Any]:
+    return run(family, prepared(family, CASES[rule].on))
+
+
+@cache
+def plain(family: str, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return run(family, ClassifierFreeGuidance(scale), dtype=dtype)[0]
 
 
 @cache
@@ -143,8 +167,8 @@ def prepared(family: str, rule: Any) -> Any:
     """GFCG needs to know what makes this model conditional."""
     if not isinstance(rule, GradientFreeClassifierGuidance):
         return rule
-    if family == "dit":
-        return replace(rule, classifier=ten_logits, labels=None)
+    if family == "dit":  # of whose classes the classifier knows ten
+        return replace(rule, classifier=ten_logits, labels=None, label_map=torch.arange(10))
     return replace(rule, condition=conditions(family), labels=torch.tensor([0, 1]))
 
 
@@ -155,8 +179,8 @@ def test_every_rule_is_in_the_matrix() -> None:
 @ON
 @MATRIX
 def test_guides_and_costs_its_price(family: str, rule: str) -> None:
-    latents, block = run(family, prepared(family, CASES[rule].on))
-    assert torch.isfinite(latents).all()
+    latents, block = guided(family, rule)
+    assert torch.isfinite(latents).all() and not latents.requires_grad
     base = plain(family, 3.0 if rule in ("CalibratedClassifierGuidance",) else 1.0)
     assert not torch.allclose(latents, base, rtol=1e-3)
     own = 2 if family in SEQUENTIAL else 1
@@ -176,14 +200,31 @@ def test_off_is_the_conditional_prediction_to_the_bit(family: str, rule: str) ->
     assert {record.evaluations for record in block.steps} == {own}
 
 
+@ON
 @MATRIX
-@pytest.mark.parametrize("family", ["dit", "flux"])
 def test_the_same_in_inference_mode(family: str, rule: str) -> None:
-    chosen = prepared(family, CASES[rule].on)
-    latents, _ = run(family, chosen)
     with torch.inference_mode():
-        again, _ = run(family, chosen)
-    assert torch.equal(again.clone(), latents)
+        again, _ = run(family, prepared(family, CASES[rule].on))
+    assert torch.equal(again.clone(), guided(family, rule)[0])
+
+
+@ON
+@MATRIX
+def test_no_image_looks_at_another(family: str, rule: str) -> None:
+    """Whatever its neighbour is, and on whichever side."""
+    whole, chosen = guided(family, rule)[0], prepared(family, CASES[rule].on)
+    close = {"rtol": 1e-4, "atol": 1e-4 * float(whole.abs().max())}
+    torch.testing.assert_close(run(family, chosen, rows=(1, 0))[0], whole.flip(0), **close)
+    torch.testing.assert_close(run(family, chosen, rows=(1, 1))[0][1], whole[1], **close)
+
+
+@ON
+@MATRIX
+def test_half_precision_stays_so(family: str, rule: str) -> None:
+    latents, block = run(family, prepared(family, CASES[rule].on), dtype=torch.bfloat16)
+    assert torch.isfinite(latents).all() and all(record.guided for record in block.steps)
+    assert latents.dtype == plain(family, 1.0, torch.bfloat16).dtype  # that of the pipeline itself
+    assert shared(family, torch.bfloat16).pipe.dtype == torch.bfloat16
 
 
 @MATRIX

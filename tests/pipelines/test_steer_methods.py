@@ -86,6 +86,10 @@ def test_gfcg_reads_the_class_and_asks_for_another():
         return ten_logits(images)
 
     rule = GradientFreeClassifierGuidance(classifier, scale=2.0, combine="cfg", cfg_scale=3.0)
+    with pytest.raises(ValueError, match="has 10 classes, the model 1000"), steer(tiny.pipe, rule):
+        tiny.call()
+    asked.clear()
+    rule = replace(rule, label_map=torch.arange(10))
     with steer(tiny.pipe, rule) as run:
         guided = tiny.call()
     assert len(asked) == len(run.steps)
