@@ -61,7 +61,8 @@ class Space:
         """The output that implies ``guided`` at ``x`` (or at ``moved``), as a change of ``cond``.
 
         Dividing the change by B keeps all digits near sigma = 0, where
-        ``(x - denoised) / sigma`` loses them.
+        ``(x - denoised) / sigma`` loses them. At sigma = 0 itself (levels of the user's own that
+        end there) no output changes the denoised sample, and it stays ``cond``.
         """
         if self.direct:
             return guided
@@ -69,8 +70,8 @@ class Space:
         if moved is not None:
             change = change - self.a * (widen(moved) - widen(self.x))
         if isinstance(self.b, float):
-            return torch.add(widen(cond), change, alpha=1 / self.b)
-        return widen(cond) + change / self.b
+            return torch.add(widen(cond), change, alpha=1 / self.b if self.b else 0.0)
+        return widen(cond) + (change / self.b).where(self.b != 0, 0.0)
 
     def _over_x(self) -> Tensor:
         if self._scaled_x is None:

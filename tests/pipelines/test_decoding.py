@@ -26,6 +26,8 @@ def shown(tiny: Tiny) -> Tensor:
         arguments = {"num_inference_steps": 1, tiny.guidance_argument: 4.0, **tiny.inputs()}
         output = tiny.pipe(**{**arguments, "output_type": "pt"})[0]
     images = torch.as_tensor(output)
+    if images.shape[-1] == 3:  # DiT before diffusers 0.42 knows no tensors
+        images = images.permute(0, 3, 1, 2)
     return images[:, 0] if images.ndim == 5 else images  # the first frame
 
 

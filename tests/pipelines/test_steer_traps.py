@@ -15,7 +15,13 @@ import torch
 from tiny_pipelines import SCALE, Tiny, build
 from torch import Tensor
 
-from diffsteer import AdaptiveProjectedGuidance, ClassifierFreeGuidance, Step, steer
+from diffsteer import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    ManifoldProjectedGuidance,
+    Step,
+    steer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -286,3 +292,20 @@ def test_an_unconditional_batch_of_dit_is_not_taken_for_a_doubled_one() -> None:
 
     with steer(tiny.pipe, Conditional()):
         torch.testing.assert_close(tiny.call(guidance_scale=1.0), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [AdaptiveProjectedGuidance(4.0), ManifoldProjectedGuidance(ClassifierFreeGuidance(4.0))],
+    ids=["apg", "cfgmp"],
+)
+def test_levels_of_the_user_s_own_may_end_at_zero(rule) -> None:
+    """A step at sigma = 0, where no prediction matters, neither divides by it nor changes a bit."""
+    levels = {"one less": [1.0, 0.6, 0.3], "with zero": [1.0, 0.6, 0.3, 0.0]}
+    results = {}
+    for name, sigmas in levels.items():
+        tiny = build("sd3")
+        given = {k: v for k, v in tiny.inputs().items() if k != "num_inference_steps"}
+        with steer(tiny.pipe, rule):
+            results[name] = tiny.pipe(**given, guidance_scale=4.0, sigmas=sigmas).images
+    assert torch.equal(results["one less"], results["with zero"])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
+import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
 
+TRANSFORMERS = int(transformers.__version__.partition(".")[0])
 STEPS, SCALE = 4, 4.0
 PROMPTS = ["a red fox in snow", "two blue birds"]
 NEGATIVES = ["blurry", "low quality, text"]
@@ -117,7 +122,13 @@ def clip_tokenizer() -> transformers.CLIPTokenizer:
     symbols = [chr(i) for i in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     words = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: index for index, word in enumerate(words)}
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    if TRANSFORMERS >= 5:
+        return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    with TemporaryDirectory() as folder:
+        vocab, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocab.write_text(json.dumps(vocabulary), encoding="utf-8")
+        merges.write_text("#version: 0.2\n", encoding="utf-8")
+        return transformers.CLIPTokenizer(str(vocab), str(merges), model_max_length=77)
 
 
 def clip_encoder(width: int = 16, projected: bool = False) -> Any:
@@ -140,7 +151,13 @@ def t5_tokenizer() -> transformers.T5Tokenizer:
     """A T5 tokenizer that spells printable ASCII."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(chr(i), -3.0) for i in range(33, 127)]
-    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=77)
+    if TRANSFORMERS >= 5:
+        return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=77)
+    spelling = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    spelling.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    ends = {"single": "$A </s>", "special_tokens": [("</s>", 1)]}
+    spelling.post_processor = tokenizers.processors.TemplateProcessing(**ends)
+    return transformers.T5TokenizerFast(tokenizer_object=spelling, extra_ids=0, model_max_length=77)
 
 
 def t5_encoder(width: int = 32) -> transformers.T5EncoderModel:

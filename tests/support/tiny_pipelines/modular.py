@@ -28,7 +28,7 @@ def modular(
         blocks.sub_blocks.pop(name)
     pipe = blocks.init_pipeline()
     pipe.update_components(**components)
-    silence(pipe._blocks)
+    silence(getattr(pipe, "_blocks", None) or pipe.blocks)  # diffusers 0.36 says blocks
 
     def run(guidance_scale: float, **given: Any) -> torch.Tensor:
         set_scale(pipe, guidance_scale)
