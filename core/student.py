@@ -98,12 +98,21 @@ def student_noise(
         device = home if device is None else device
     # In float32 and in place: against a plain Gaussian draw this must cost next to nothing.
     noise = gauss.mul_(per_sample(factor.to(gauss), gauss)).to(device=device, dtype=dtype)
-    if dtype == torch.float16 and not bool(torch.isfinite(noise).all()):
+    return check_overflow(noise, augment_dim)
+
+
+def check_overflow(noisy: Tensor, augment_dim: float) -> Tensor:
+    """``noisy`` itself; float16 is inspected, and only float16, because that waits for the device.
+
+    Raises:
+        ValueError: if a float16 value is not finite: the noise of a small D is heavy-tailed.
+    """
+    if noisy.dtype == torch.float16 and not bool(torch.isfinite(noisy).all()):
         raise ValueError(
             f"Student-t noise at augment_dim={augment_dim} overflows float16; "
             "use bfloat16 or float32, or a larger augment_dim"
         )
-    return noise
+    return noisy
 
 
 def student_log_weights(x: Tensor, points: Tensor, sigma: Tensor, augment_dim: float) -> Tensor:

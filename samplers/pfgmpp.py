@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.denoiser import Denoise
-from ..core.student import check_augment_dim, student_noise
+from ..core.student import check_augment_dim, check_overflow, student_noise
 from ..core.tensors import per_sample, sample_dot
 from .ode import look
 from .stochastic import Churn
@@ -51,9 +51,12 @@ def pfgmpp_prior(
 
     Returns:
         Shape (B, *shape).
+
+    Raises:
+        ValueError: if a sample is empty, ``augment_dim`` not positive, or float16 overflows.
     """
-    unit = student_noise(generators, shape, augment_dim, device=device, dtype=dtype)
-    return sigma_max * unit
+    unit = student_noise(generators, shape, augment_dim, device=device)
+    return check_overflow((sigma_max * unit).to(dtype), augment_dim)
 
 
 def posterior_scale(x: Tensor, denoised: Tensor, sigma: Tensor, augment_dim: float) -> Tensor:

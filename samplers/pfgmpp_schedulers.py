@@ -15,8 +15,9 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from torch import Tensor
 
-from ..core.student import check_augment_dim, student_factor, student_noise
+from ..core.student import check_augment_dim, check_overflow, student_factor, student_noise
 from ..core.tensors import per_sample
+from .grids import check_sigmas
 from .pfgmpp import input_scale
 
 
@@ -80,8 +81,37 @@ class PFGMPPEulerScheduler(EDMEulerScheduler):
 
     @property
     def init_noise_sigma(self) -> float:
-        """What pipelines multiply their ``latents`` with: ``sigma_max``."""
-        return float(self.config.sigma_max)
+        """What pipelines multiply their ``latents`` with: the first sigma."""
+        return float(getattr(self, "_first_sigma", None) or self.config.sigma_max)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        """Lay the grid.
+
+        Args:
+            num_inference_steps: number of solver steps.
+            device: where the timesteps go.
+            sigmas: your own levels instead, decreasing, with or without the 0 at the end (diffusers
+                takes numbers in [0, 1] here, places on its own grid).
+
+        Raises:
+            ValueError: if ``sigmas`` do not decrease (see ``samplers.check_sigmas``).
+        """
+        self._first_sigma: float | None = None
+        if sigmas is None:
+            super().set_timesteps(num_inference_steps, device=device)
+            return
+        given = [float(sigma) for sigma in sigmas]
+        levels = check_sigmas([*given, 0.0] if given[-1:] > [0.0] else given)[:-1].float()
+        last = 0.0 if self.config.final_sigmas_type == "zero" else float(levels[-1])
+        self._first_sigma, self.num_inference_steps = float(levels[0]), len(levels)
+        self.timesteps = self.precondition_noise(levels.to(device))
+        self.sigmas = torch.cat([levels, levels.new_full((1,), last)])
+        self._step_index = self._begin_index = None
 
     def prior_latents(
         self,
@@ -102,8 +132,13 @@ class PFGMPPEulerScheduler(EDMEulerScheduler):
         Returns:
             Shape (B, ...). A pipeline that draws its own Gaussian latents starts outside the law
             that a finite-D network has learned; always pass these.
+
+        Raises:
+            ValueError: if a sample is empty, or float16 would overflow at the first sigma.
         """
-        return student_noise(generators, shape, self.augment_dim, device=device, dtype=dtype)
+        noise = student_noise(generators, shape, self.augment_dim, device=device, dtype=dtype)
+        check_overflow(noise * self.init_noise_sigma, self.augment_dim)
+        return noise
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The network's input, ``c_in * sample``; see ``pfgmpp.input_scale`` for D <= 2."""
@@ -134,12 +169,15 @@ class PFGMPPEulerScheduler(EDMEulerScheduler):
 
         Returns:
             Shape of ``original_samples``.
+
+        Raises:
+            ValueError: if float16 overflows.
         """
         if not student:
             factor = student_factor(noise.shape[0], self.augment_dim, generator)
             noise = noise * per_sample(factor.to(noise), noise)
         noisy: Tensor = super().add_noise(original_samples, noise, timesteps)
-        return noisy
+        return check_overflow(noisy, self.augment_dim)
 
     def step(
         self,
@@ -197,9 +235,9 @@ class PFGMPPHeunScheduler(PFGMPPEulerScheduler):
         self,
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
-        sigmas: Tensor | None = None,
+        sigmas: Tensor | Sequence[float] | None = None,
     ) -> None:
-        """Lay the grid and list inner timesteps twice."""
+        """Lay the grid and list inner timesteps twice; arguments as in the Euler scheduler."""
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
         t: Tensor = self.timesteps
         s: Tensor = self.sigmas

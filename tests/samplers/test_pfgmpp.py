@@ -17,7 +17,15 @@ from diffsteer.core.student import (
     student_log_weights,
     student_noise,
 )
-from diffsteer.samplers import ChurnStep, euler_step, heun_step, integrate, karras_sigmas
+from diffsteer.samplers import (
+    AncestralStep,
+    ChurnStep,
+    dpmpp_2m_step,
+    euler_step,
+    heun_step,
+    integrate,
+    karras_sigmas,
+)
 from diffsteer.samplers.pfgmpp import (
     StudentChurnStep,
     input_scale,
@@ -28,6 +36,7 @@ from diffsteer.samplers.pfgmpp import (
 from diffsteer.samplers.pfgmpp_schedulers import PFGMPPEulerScheduler, PFGMPPHeunScheduler
 
 INF = math.inf
+QUIET_ANCESTRAL = AncestralStep(torch.randn_like, eta=0.0)
 ATOMS = torch.tensor([[1.0, 0.0], [-0.6, 0.8], [-0.4, -0.9]], dtype=torch.float64)
 
 
@@ -101,7 +110,7 @@ def test_p7_finite_set_denoiser_gaussian_limit_and_field_identity():
 
 
 @pytest.mark.parametrize("augment_dim", [1.0, 16.0, INF])
-@pytest.mark.parametrize("step", [euler_step, heun_step])
+@pytest.mark.parametrize("step", [euler_step, heun_step, dpmpp_2m_step, QUIET_ANCESTRAL])
 def test_p8_one_atom_is_reached_exactly(augment_dim, step):
     atom = torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64)
     x = atom + 80 * draw(5, 3, augment_dim).double()
@@ -272,8 +281,11 @@ def raw_output(scheduler, x, sigma, denoised):
     return (denoised - skip * x) / (sigma * data / (sigma**2 + data**2).sqrt())
 
 
-def run(scheduler, steps, x, augment_dim):
-    scheduler.set_timesteps(steps)
+def run(scheduler, steps, x, augment_dim, sigmas=None):
+    if sigmas is None:
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler.set_timesteps(sigmas=sigmas)
     calls = 0
     for t in scheduler.timesteps:
         scheduler.scale_model_input(x, t)
@@ -284,14 +296,45 @@ def run(scheduler, steps, x, augment_dim):
     return x, calls
 
 
+BOTH = pytest.mark.parametrize(
+    "cls, step", [(PFGMPPEulerScheduler, euler_step), (PFGMPPHeunScheduler, heun_step)]
+)
+
+
+@pytest.mark.parametrize("sigmas", [[50.0], (60.0, 2.0), torch.tensor([70.0, 9.0, 1.0, 0.1, 0.0])])
+@BOTH
+def test_schedulers_take_levels_of_ones_own(cls, step, sigmas):
+    scheduler = cls(augment_dim=4.0)
+    scheduler.set_timesteps(sigmas=sigmas)
+    assert scheduler.init_noise_sigma == float(sigmas[0])
+    x = scheduler.init_noise_sigma * scheduler.prior_latents(seeded_generators(range(8)), (2,))
+    out, calls = run(scheduler, None, x, 4.0, sigmas)
+    grid = [float(s) for s in sigmas if s > 0] + [0.0]
+    assert calls == (len(grid) - 1 if step is euler_step else 2 * len(grid) - 3)
+    want = integrate(lambda at, s: student_denoise(at, ATOMS.float(), s, 4.0), x, grid, step)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+    scheduler.set_timesteps(3)
+    assert scheduler.init_noise_sigma == 80.0
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@BOTH
+def test_schedulers_run_in_one_and_two_steps(cls, step, steps):
+    x = 80 * draw(8, 2, 4.0)
+    out, _ = run(cls(augment_dim=4.0), steps, x, 4.0)
+    want = integrate(
+        lambda at, s: student_denoise(at, ATOMS.float(), s, 4.0), x, karras_sigmas(steps), step
+    )
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-3)  # rounding, of values about 80
+
+
 @pytest.mark.parametrize("augment_dim", [4.0, None])
-@pytest.mark.parametrize("name, step", [("euler", euler_step), ("heun", heun_step)])
-def test_schedulers_take_the_steps_of_the_samplers(augment_dim, name, step):
-    cls = {"euler": PFGMPPEulerScheduler, "heun": PFGMPPHeunScheduler}[name]
+@BOTH
+def test_schedulers_take_the_steps_of_the_samplers(augment_dim, cls, step):
     scheduler = cls(augment_dim=augment_dim)
     x = scheduler.init_noise_sigma * scheduler.prior_latents(seeded_generators(range(8)), (2,))
     out, calls = run(scheduler, 18, x, scheduler.augment_dim)
-    assert calls == (35 if name == "heun" else 18)
+    assert calls == (35 if step is heun_step else 18)
     want = integrate(
         lambda at, s: student_denoise(at, ATOMS.float(), s, scheduler.augment_dim),
         x,
@@ -310,6 +353,22 @@ def test_gaussian_limit_is_diffusers_edm_euler():
     ours, _ = run(PFGMPPEulerScheduler(), 12, x, INF)
     theirs, _ = run(EDMEulerScheduler(), 12, x, INF)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("steps", [8, 20])
+def test_multistep_solver_is_diffusers_edm_dpm(steps):
+    """The same trajectory at D = infinity, to float32 rounding."""
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    # Our solver keeps its order until the last step, which arrives at 0.
+    scheduler = EDMDPMSolverMultistepScheduler(lower_order_final=False)
+    x = 80 * torch.randn(6, 2)
+    theirs, _ = run(scheduler, steps, x, INF)
+    ours = integrate(
+        lambda at, s: student_denoise(at, ATOMS.float(), s, INF), x, karras_sigmas(steps),
+        dpmpp_2m_step,
+    )  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -425,6 +484,19 @@ def test_noise_is_drawn_where_the_generator_lives_and_goes_where_it_is_wanted():
     assert raised.is_cuda and raised.isfinite().all()
 
 
+RAISED = (torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor(1.0), torch.tensor(2.0))
+
+
+def half_prior(make, *dim):
+    return make(seeded_generators(range(200)), (2,), *dim, dtype=torch.float16)
+
+
+def half_noise(scheduler):
+    scheduler.set_timesteps(3)
+    noise = torch.randn(2000, 2).half()
+    return scheduler.add_noise(noise, noise, scheduler.timesteps[:1].expand(2000))
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [
@@ -440,11 +512,13 @@ def test_noise_is_drawn_where_the_generator_lives_and_goes_where_it_is_wanted():
         (lambda: StudentChurnStep([], 8.0, gamma=-0.1), ValueError, "gamma"),
         (lambda: radius_of(1.0, 0.0), ValueError, "augment_dim"),
         (lambda: student_noise(None, (), 4.0), ValueError, "empty"),
-        (
-            lambda: student_noise(seeded_generators(range(200)), (2,), 0.2, dtype=torch.float16),
-            ValueError,
-            "float16",
-        ),
+        (lambda: student_raise(*RAISED, 4.0, seeded_generators([1])), ValueError, "2 generators"),
+        (lambda: PFGMPPEulerScheduler().set_timesteps(sigmas=[1.0, 2.0]), ValueError, "decrease"),
+        (lambda: PFGMPPHeunScheduler().set_timesteps(sigmas=[]), ValueError, "at least two"),
+        (lambda: half_prior(student_noise, 0.2), ValueError, "overflows float16"),
+        (lambda: half_prior(pfgmpp_prior, 1.0), ValueError, "overflows float16"),
+        (lambda: half_prior(PFGMPPEulerScheduler(1.0).prior_latents), ValueError, "float16"),
+        (lambda: half_noise(PFGMPPEulerScheduler(1.0)), ValueError, "float16"),
     ],
 )
 def test_bad_input_is_named(call, error, words):

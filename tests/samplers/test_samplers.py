@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
@@ -157,6 +158,12 @@ def test_trajectory_holds_every_level_and_progress_is_silent(capsys):
     torch.testing.assert_close(
         samples[-1], integrate(ve_denoise, x, karras_sigmas(7), heun_step), rtol=0, atol=0
     )
+
+
+def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    integrate(ve_denoise, torch.randn(2, 3), karras_sigmas(7), euler_step, progress=True)
+    assert "sampling: 100%" in (shown := capsys.readouterr().err) and "7/7" in shown
 
 
 def test_guidance_composes_and_knows_steps_and_stages():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffsteer.core import Kind, Level, from_denoised, to_denoised
+from diffsteer.samplers import euler_step, heun_step, integrate, linear_sigmas
 from diffsteer.training.dimension import (
     maximum_likelihood_dimension,
     participation_ratio,
@@ -35,11 +36,24 @@ def draw(n=6, dims=5):
 
 @pytest.mark.parametrize("k", KS)
 def test_k1_round_trip_and_the_kind_of_core(k):
-    clean, noise, level = draw()
-    x, u = level.mix(clean, noise), kdiff_target(clean, noise, k)
-    torch.testing.assert_close(kdiff_velocity(u, x, level, k, q_floor=0), noise - clean)
-    torch.testing.assert_close(to_denoised(u, Kind.kdiff(k), x, level), clean)
-    torch.testing.assert_close(from_denoised(clean, Kind.kdiff(k), x, level), u)
+    """For any alpha and sigma; where q is at least 0.05 to twelve digits."""
+    clean, noise, flow = draw(60)
+    angle = torch.rand(60, dtype=torch.float64) * 1.2 + 0.2
+    for level in (
+        flow,
+        Level(angle.cos(), angle.sin()),
+        Level.ve(3 * angle),
+        Level(2 * angle, angle),
+    ):
+        x, u = level.mix(clean, noise), kdiff_target(clean, noise, k)
+        assert float(kdiff_q(level, x, k).min()) >= 0.05
+        pairs = [
+            (kdiff_velocity(u, x, level, k, q_floor=0), noise - clean),
+            (to_denoised(u, Kind.kdiff(k), x, level), clean),
+            (from_denoised(clean, Kind.kdiff(k), x, level), u),
+        ]
+        for found, want in pairs:
+            assert (found - want).norm() < 1e-12 * want.norm()
 
 
 def test_k1_float32_and_bfloat16_outputs_keep_the_numerator_wide():
@@ -113,7 +127,7 @@ def test_k4_the_bayes_predictor_gives_one_velocity_and_no_gradient_for_k():
 @pytest.mark.parametrize("dims, intrinsic", [(64, 64), (64, 16), (64, 4), (768, 16)])
 def test_k5_best_linear_predictor_is_best_at_the_rule(dims, intrinsic):
     """T2: one matrix for all levels, symmetric levels, error in u."""
-    k = torch.linspace(0.4, 0.999, 6000, dtype=torch.float64)
+    k = torch.linspace(0.4, 0.999, 59_901, dtype=torch.float64)
     t = torch.linspace(0.005, 0.995, 2001, dtype=torch.float64)
     s = 1 - t
 
@@ -127,38 +141,32 @@ def test_k5_best_linear_predictor_is_best_at_the_rule(dims, intrinsic):
     )
     outside = least((s**2).mean(), -(1 - k) * s.mean(), (1 - k) ** 2)
     loss = intrinsic * inside + (dims - intrinsic) * outside
-    assert float(k[loss.argmin()]) == pytest.approx(dims / (dims + intrinsic), abs=2e-4)
+    assert float(k[loss.argmin()]) == pytest.approx(dims / (dims + intrinsic), abs=1e-4)
     energy = k**2 * intrinsic + (1 - k) ** 2 * dims
-    assert float(k[energy.argmin()]) == pytest.approx(dims / (dims + intrinsic), abs=2e-4)
+    assert float(k[energy.argmin()]) == pytest.approx(dims / (dims + intrinsic), abs=1e-4)
 
 
 def test_k6_a_zero_network_moves_k_to_the_root_rule():
-    dims, intrinsic, n = 64, 4, 4000
+    dims, intrinsic, n = 64, 4, 8000
     clean = torch.randn(n, dims, dtype=torch.float64) @ subspace(dims, intrinsic)
-    clean *= (
-        math.sqrt(intrinsic * n) / clean.norm()
-    )  # energies at their expectation: no noise in them
     noise = torch.randn(n, dims, dtype=torch.float64)
-    noise *= math.sqrt(dims * n) / noise.norm()
-    grid = torch.linspace(0.6, 0.95, 141, dtype=torch.float64)
-    level = Level.flow((torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    order = torch.randperm(n)
-    losses = torch.stack(
-        [
-            kdiff_loss(
-                lambda x, *_: torch.zeros_like(x),
-                clean[order],
-                noise[order],
-                level,
-                torch.zeros(n),
-                k=k,
-                q_floor=0,
-            ).mean()
-            for k in grid
-        ]
-    )
+    # Every sample has the energy that it has on average, and comes with the opposite noise too:
+    # what is left of the estimate's own noise is far below the tolerance.
+    clean *= math.sqrt(intrinsic) / clean.norm(dim=1, keepdim=True)
+    noise *= math.sqrt(dims) / noise.norm(dim=1, keepdim=True)
+    noise[n // 2 :], clean[n // 2 :] = -noise[: n // 2], clean[: n // 2].clone()
+    levels = (torch.arange(n // 2, dtype=torch.float64) + 0.5) / (n // 2)
+    level = Level.flow(levels.repeat(2))
+    grid = torch.linspace(0.79, 0.81, 41, dtype=torch.float64)
+
+    def loss(k):
+        zero = lambda x, *_: torch.zeros_like(x)  # noqa: E731
+        return kdiff_loss(zero, clean, noise, level, LABELS, k=k, q_floor=0).mean()
+
+    losses = torch.stack([loss(k) for k in grid])
     want = math.sqrt(dims) / (math.sqrt(dims) + math.sqrt(intrinsic))
-    assert float(grid[losses.argmin()]) == pytest.approx(want, abs=0.006)
+    assert 0 < losses.argmin() < 40
+    assert float(grid[losses.argmin()]) == pytest.approx(want, abs=2e-3)
 
 
 def test_k7_gradient_of_k_is_the_formula():
@@ -215,6 +223,21 @@ def test_k10_one_point_is_reached_and_k11_trajectories_do_not_depend_on_k(k):
         x = scheduler.step(velocity, t, x).prev_sample
         on_the_line = point + scheduler.sigmas[i + 1] * (start - point)
         torch.testing.assert_close(x, on_the_line, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("step", [euler_step, heun_step])
+def test_k10_our_solvers_reach_one_point_from_any_noise(k, step):
+    point = torch.tensor([0.4, -1.0, 0.2], dtype=torch.float64)
+
+    def denoise(x, sigma):
+        level = Level.flow(sigma)
+        u = kdiff_target(point, (x - (1 - sigma) * point) / sigma, k)
+        return x + sigma * -kdiff_velocity(u, x, level, k, q_floor=0)
+
+    start = torch.randn(7, 3, dtype=torch.float64)
+    out = integrate(denoise, start, linear_sigmas(9), step)
+    assert (out - point).abs().max() < 1e-6
 
 
 def test_learned_k_starts_where_told_and_learns_in_its_own_group():
