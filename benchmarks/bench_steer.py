@@ -9,8 +9,8 @@ Every round runs the pipeline on the same seeds in changing order: untouched, st
 guidance, steered by APG. The overhead is the median over the rounds of the ratio of a steered run
 to the untouched one of its own round, so that slow changes of the machine's load cancel. On a
 machine that others use too, ``--clock cpu --threads 1`` counts the seconds that the process got
-instead of the wall time. ``--memory`` runs each once more, and manifold projection too, and tells the
-peak of live tensors beside the weights, how often a run reads values of the latents back to the
+instead of the wall time. ``--memory`` runs each once more, and manifold projection too, and tells
+the peak of live tensors beside the weights, how often a run reads values of the latents back to the
 host, and whether the weights are still the same storages. The models of real size have random
 weights.
 """
