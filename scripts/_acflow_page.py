@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from _acflow_judge import pictures
+
 from diffsteer.pipelines import files
+from diffsteer.pipelines.grid import image_grid
 from diffsteer.training.acflow.run_files import read_log
 
 BEGIN = "<!-- from here on written by scripts/reproduce_acflow.py -->"
@@ -20,10 +24,10 @@ NAMES = {
     "advantage-matching": "advantage matching (signed)", "grpo": "Flow-GRPO",
 }  # fmt: skip
 COLUMNS = {
-    "reward": 4, "held-out class p": 4, "fd-cifar ↓": 1, "diversity ↑": 3, "drift": 4,
+    "reward": 4, "held-out class p": 3, "fd-cifar ↓": 1, "diversity ↑": 3, "W2 proxy": 4,
     "effective share": 2, "evaluations": 0, "minutes": 1,
 }  # fmt: skip
-LAST = 3  # epochs that drift and shares are averaged over
+LAST = 3  # epochs that shares and explained variances are averaged over
 
 
 @dataclass(frozen=True)
@@ -49,38 +53,44 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its log."""
+    """One finished run: its log, how it was judged, and how the base model was."""
 
     reward: str
     method: str
     seed: int
     lines: list[dict[str, Any]]
+    judged: dict[str, float]
+    base: dict[str, float]
+    folder: Path
 
     @classmethod
     def read(cls, reward: str, method: str, seed: int, folder: Path) -> Run:
-        return cls(reward, method, seed, read_log(folder))
+        judged, base = (
+            json.loads((place / "judged.json").read_text())["scores"]
+            for place in (folder, folder.parent / "base")
+        )
+        return cls(reward, method, seed, read_log(folder), judged, base, folder)
 
-    def judged(self, last: bool) -> dict[str, float]:
-        """Scores of the first or the last evaluation, under the names of the columns."""
-        found = [line["evaluation"] for line in self.lines if "evaluation" in line]
-        scores = found[-1 if last else 0]
+    def columns(self, found: Mapping[str, float]) -> dict[str, float]:
+        """Scores of a judgement under the names of the columns."""
         return {
-            "reward": scores[f"reward/{self.reward}"],
-            "held-out class p": scores["held_out/class"],
-            "fd-cifar ↓": scores["fd-cifar"],
-            "diversity ↑": scores["diversity"],
+            "reward": found[f"reward/{self.reward}"],
+            "held-out class p": found["held_out/class"],
+            "fd-cifar ↓": found["fd-cifar"],
+            "diversity ↑": found["diversity"],
+            "W2 proxy": found["w2_proxy"],
         }
 
     def scores(self) -> dict[str, float]:
         """Everything of the table's columns, at the end."""
-        trained = [line for line in self.lines if "drift" in line or "flow_loss" in line][-LAST:]
+        share = _mean([n.get("effective_share") for n in self.lines if "flow_loss" in n][-LAST:])
         extra = {
-            "drift": _mean([line.get("drift") for line in trained]),
-            "effective share": _mean([line.get("effective_share") for line in trained]),
+            "effective share": share,
             "evaluations": float(self.lines[-1]["evaluations"]),
             "minutes": sum(line.get("seconds", 0) for line in self.lines) / 60,
         }
-        return self.judged(True) | {k: v for k, v in extra.items() if v is not None}
+        known = {name: value for name, value in extra.items() if value is not None}
+        return self.columns(self.judged) | known
 
     def explained(self) -> list[float | None]:
         """The critic's explained variance by level, clean to noise, over the last epochs."""
@@ -99,6 +109,12 @@ def write(
     for reward in dict.fromkeys(run.reward for run in runs):
         chosen = [run for run in runs if run.reward == reward]
         body += [f"### Reward: {reward}", "", *_table(chosen), ""]
+        grid = picture.with_name(f"acflow_{reward}.png")
+        if draw_pictures(chosen, grid):
+            body += [
+                f"![The same ten seeds under every method, reward {reward}](../images/{grid.name})",
+                "",
+            ]
     body += _critic(runs)
     if draw(runs, picture):
         body += [f"![Rewards over denoiser evaluations](../images/{picture.name})", ""]
@@ -122,8 +138,7 @@ def _introduction(what: Setting) -> str:
 
 def _table(runs: Sequence[Run]) -> list[str]:
     rows = ["| method | runs | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
-    base = [run.judged(False) for run in runs]
-    rows.append(_row("before", len({run.seed for run in runs}), base))
+    rows.append(_row("base model", 0, [runs[0].columns(runs[0].base)]))
     for method in dict.fromkeys(run.method for run in runs):
         chosen = [run for run in runs if run.method == method]
         rows.append(_row(NAMES[method], len(chosen), [run.scores() for run in chosen]))
@@ -132,7 +147,7 @@ def _table(runs: Sequence[Run]) -> list[str]:
 
 def _row(name: str, count: int, scores: Sequence[Mapping[str, float]]) -> str:
     cells = [_cell([s[c] for s in scores if c in s], digits) for c, digits in COLUMNS.items()]
-    return f"| {name} | {count} | " + " | ".join(cells) + " |"
+    return f"| {name} | {count or '-'} | " + " | ".join(cells) + " |"
 
 
 def _cell(values: Sequence[float], digits: int) -> str:
@@ -212,6 +227,19 @@ def draw(runs: Sequence[Run], path: Path) -> bool:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     files.write_bytes(path, buffer.getvalue())
+    return True
+
+
+def draw_pictures(runs: Sequence[Run], path: Path) -> bool:
+    """The same seeds under every method, first seed of training; False where there are none."""
+    first = [run for run in runs if run.seed == runs[0].seed]
+    rows = {"base": pictures(runs[0].folder.parent / "base")}
+    rows |= {NAMES[run.method].split(" (")[0]: pictures(run.folder) for run in first}
+    if not all(rows.values()):
+        return False
+    every = [image for row in rows.values() for image in row]
+    grid = image_grid(every, len(rows["base"]), rows=list(rows), cell=64)
+    files.write_png(path, grid)
     return True
 
 

@@ -1,7 +1,7 @@
-"""Compare AC-Flow with its special cases and with GRPO, at equal numbers of denoiser evaluations.
+r"""Compare AC-Flow with its special cases and with GRPO, at equal numbers of denoiser evaluations.
 
     python scripts/reproduce_acflow.py --out runs/acflow               (every run, then the page)
-    python scripts/reproduce_acflow.py --budget 2000000 --seeds 0 1 2 --samples 1000
+    python scripts/reproduce_acflow.py --budget 2000000 --rate 1e-4 --samples 5000 --seeds 0 1 2 3
 
 Each run is a folder under --out and goes on where it stopped; what is finished is not made again.
 The page docs/science/acflow.md is written from what is there (--page FILE; --no-page writes none).
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _acflow_judge as judging
 import _acflow_page as page
 import _acflow_toy as toy
 import _cli
 import torch
 
-from diffsteer.eval import EvalSuite
 from diffsteer.pipelines import files, load_embedded
 from diffsteer.training.acflow import (
     METHODS,
@@ -31,21 +31,17 @@ from diffsteer.training.acflow import (
 )
 from diffsteer.training.acflow.run_files import read_log
 from diffsteer.training.prompts import class_prompts
-from diffsteer.training.rewards import ClassProbability, JpegSize, RewardSet
+from diffsteer.training.rewards import RewardSet
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "science" / "acflow.md"
 ALL = [*METHODS, "grpo"]
-REWARDS = {
-    "jpeg": lambda: RewardSet({"jpeg": JpegSize()}),
-    "class": lambda: RewardSet({"class": ClassProbability("guidance")}),
-}
 SETTINGS: dict[str, Any] = {
     "tune": "full", "prompts_per_epoch": 10, "images_per_prompt": 8, "sample_steps": 8,
-    "updates_per_epoch": 1, "levels_per_sample": 2, "ramp": 1, "eval_every": 0,
-    "checkpoint_every": 3, "sample_batch": 100, "ema": 0.5,
+    "updates_per_epoch": 1, "levels_per_sample": 2, "ramp": 1, "eval_images": 0,
+    "checkpoint_every": 3, "sample_batch": 100, "ema": 0.5, "critic_width": 16,
 }  # fmt: skip
-WARM_UP = 3
+CRITIC = {"warmup_min": 3, "warmup_max": 3, "critic_steps": 4}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,10 +54,10 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/acflow"), help="folder of the runs")
     add("--budget", type=int, default=16_000, help="denoiser evaluations of a run")
     add("--rate", type=float, default=3e-4, help="learning rate of every method")
-    add("--seeds", type=int, nargs="+", default=[0], help="one run each")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     add("--methods", nargs="+", choices=ALL, default=ALL)
-    add("--rewards", nargs="+", choices=list(REWARDS), default=list(REWARDS))
-    add("--samples", type=int, default=200, help="images of an evaluation")
+    add("--rewards", nargs="+", choices=list(judging.REWARDS), default=list(judging.REWARDS))
+    add("--samples", type=int, default=300, help="images of an evaluation")
     add("--toy-seeds", type=int, default=5, help="seeds of the toy; 0: none")
     add("--page", type=Path, default=PAGE, help="where the tables go")
     add("--no-page", action="store_true", help="write no page")
@@ -72,41 +68,47 @@ def parser() -> argparse.ArgumentParser:
 
 def config_of(method: str, args: argparse.Namespace, seed: int) -> ACFlowConfig:
     """As many epochs as the budget pays for: sampling, and two or one passes a state."""
-    settings = {**SETTINGS, "learning_rate": args.rate, "seed": seed, "eval_images": args.samples}
-    settings["eval_steps"] = SETTINGS["sample_steps"]
+    settings = {**SETTINGS, "learning_rate": args.rate, "seed": seed}
     samples = settings["prompts_per_epoch"] * settings["images_per_prompt"]
     sampling = samples * settings["sample_steps"]
-    if method == "acflow":
-        settings |= {"warmup_min": WARM_UP, "warmup_max": WARM_UP}
-    changes = {"warmup_min": 0, "warmup_max": 0} if method == "grpo" else METHODS[method]
+    changes = {"acflow": CRITIC, "grpo": {"warmup_min": 0, "warmup_max": 0}}.get(method)
+    changes = METHODS[method] if changes is None else changes
     passes = 1 if changes.get("alpha", 1.0) == 0 else 2
     training = samples * settings["levels_per_sample"] * passes
-    warm = WARM_UP if method == "acflow" else 0
+    warm = CRITIC["warmup_max"] if method == "acflow" else 0
     epochs = warm + (args.budget - warm * sampling) // (sampling + training)
     kind = GRPOConfig if method == "grpo" else ACFlowConfig
     return kind(**{**settings, **changes, "epochs": max(epochs, warm + 1)})
 
 
-def run_method(method: str, reward: str, seed: int, args: argparse.Namespace) -> Path:
-    """One run, unless it is finished."""
-    out = args.out / f"{reward}-{method}-seed{seed}"
-    config = config_of(method, args, seed)
-    lines = read_log(out)
-    if lines and lines[-1]["epoch"] >= config.epochs and "evaluation" in lines[-1]:
-        return out
+def make_trainer(method: str, reward: str, seed: int, args: argparse.Namespace) -> ACFlowTrainer:
+    """The run in its folder, as far as it is."""
     pipe = load_embedded(device=args.device or _cli.default_device())
-    trainer = (GRPOTrainer if method == "grpo" else ACFlowTrainer)(
-        config,
-        pipe,
-        class_prompts(pipe),
-        REWARDS[reward](),
-        out,
-        held_out=RewardSet({"class": ClassProbability("evaluation")}),
-        suite=EvalSuite(["fd", "diversity"]),
-    )
+    kind = GRPOTrainer if method == "grpo" else ACFlowTrainer
+    rewards = RewardSet({reward: judging.REWARDS[reward]()})
+    out = folder_of(method, reward, seed, args)
+    return kind(config_of(method, args, seed), pipe, class_prompts(pipe), rewards, out)
+
+
+def folder_of(method: str, reward: str, seed: int, args: argparse.Namespace) -> Path:
+    out: Path = args.out / f"{reward}-{method}-seed{seed}"
+    return out
+
+
+def run_method(method: str, reward: str, seed: int, args: argparse.Namespace) -> None:
+    """One run and its judgement, unless they are there."""
+    out = folder_of(method, reward, seed, args)
+    how = {"samples": args.samples, "steps": SETTINGS["sample_steps"]}
+    config, lines = config_of(method, args, seed), read_log(out)
+    done = bool(lines) and lines[-1]["epoch"] >= config.epochs
+    if done and judging.judged(out, **how) and judging.judged(args.out / "base", **how):
+        return
+    trainer = make_trainer(method, reward, seed, args)
+    if not judging.judged(args.out / "base", **how) and trainer.progress.epoch == 0:
+        judging.judge(trainer, args.out / "base", **how)
     if not trainer.run():
         raise KeyboardInterrupt
-    return out
+    judging.judge(trainer, out, **how)
 
 
 def run_toys(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -136,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in args.seeds:
         for reward in args.rewards:
             for method in args.methods:
-                out = run_method(method, reward, seed, args)
+                run_method(method, reward, seed, args)
+                out = folder_of(method, reward, seed, args)
                 runs.append(page.Run.read(reward, method, seed, out))
     toys = run_toys(args) if args.toy_seeds else []
     if not args.no_page:

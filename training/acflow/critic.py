@@ -106,5 +106,6 @@ class Critic(nn.Module):
             x = x.transpose(1, 2).flatten(0, 1)
         elif self.grid is not None and len(self.shape) == 2:
             x = x.transpose(1, 2).unflatten(2, self.grid)
-        pooled = self.body(x).mean((2, 3))
+        # Convolutions run faster on this layout, on the CPU and on tensor cores.
+        pooled = self.body(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
         return F.silu(pooled.unflatten(0, (-1, frames)).mean(1))

@@ -49,6 +49,9 @@ class CriticLearner:
                 grid=token_grid(shape, images),
             )
         self.network.to(accelerator.device)
+        for parameter in self.network.parameters():
+            if parameter.ndim == 4:  # the layout in which convolutions run faster
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.parameters = list(self.network.parameters())
         self.optimizer = adam(self.parameters, config.critic_rate, config.weight_decay)
 

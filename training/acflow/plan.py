@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data import EpochOrder, derive_seed
+from .config import ACFlowConfig
 
 __all__ = ["Plan", "check_split", "epoch_plan"]
 
@@ -52,15 +53,16 @@ def epoch_plan(epoch: int, *, prompts: int, per_epoch: int, repeats: int, seed: 
     return Plan([repeated[i] for i in order], [seeds[i] for i in order])
 
 
-def check_split(samples: int, *, updates: int, ranks: int, accumulate: int) -> None:
-    """Refuse epochs that do not split evenly.
+def check_split(config: ACFlowConfig, ranks: int) -> None:
+    """Refuse epochs that do not split evenly over updates, ranks and passes.
 
     Raises:
         ValueError: with the multiple that is needed.
     """
+    updates, accumulate = config.updates_per_epoch, config.accumulate
     parts = updates * ranks * accumulate
-    if samples % parts:
+    if config.samples % parts:
         raise ValueError(
             f"prompts_per_epoch x images_per_prompt must be a multiple of {parts} "
-            f"({updates} updates x {ranks} ranks x {accumulate} passes), got {samples}"
+            f"({updates} updates x {ranks} ranks x {accumulate} passes), got {config.samples}"
         )

@@ -87,37 +87,41 @@ class ACFlowTrainer:
         if not self.prompts:
             raise ValueError("prompts: give at least one")
         self.accelerator = accelerator or make_accelerator(config, self.out)
-        check_split(
-            config.samples,
-            updates=config.updates_per_epoch,
-            ranks=self.accelerator.num_processes,
-            accumulate=config.accumulate,
-        )
+        check_split(config, self.accelerator.num_processes)
         self.sampler = Sampler(pipe, config.guidance_scale, call or {}, inputs)
-        base = {
-            "base": weights_digest(self.sampler.denoiser),
-            "prompts": prompts_digest(self.prompts),
-            "rewards": dict(rewards.weights),
-            "call": dict(call or {}),
-        }
+        base = self._inputs(call or {})
         changed = check_same_run(self.out, config, base, allow_change)
         self.progress = Progress(config)
         self.shaper = RewardShaper(
             config.reward_shaping, config.reward_limit, config.reward_momentum
         )
         self._build()
-        scale = 1.0 if config.train_cfg == "distil" else config.guidance_scale
-        self.evaluation = Evaluation(
-            self.sampler, list(eval_prompts or self.prompts), config.eval_images,
-            config.eval_steps, config.sample_batch, scale, rewards, held_out, suite,
-            self.accelerator,
-        )  # fmt: skip
+        self.evaluation = self._evaluation(list(eval_prompts or self.prompts), held_out, suite)
         saved = newest_state(self.out)
         if saved is not None:
             self._load(saved)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             note_start(self.out, config, base, epoch=self.progress.epoch, changed=changed)
+
+    def _inputs(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """What beside the settings makes it the same run."""
+        return {
+            "base": weights_digest(self.sampler.denoiser),
+            "prompts": prompts_digest(self.prompts),
+            "rewards": dict(self.rewards.weights),
+            "call": dict(call),
+        }
+
+    def _evaluation(
+        self, prompts: list[Prompt], held_out: RewardSet | None, suite: EvalSuite | None
+    ) -> Evaluation:
+        config = self.config
+        scale = 1.0 if config.train_cfg == "distil" else config.guidance_scale
+        return Evaluation(
+            self.sampler, prompts, config.eval_images, config.eval_steps, config.sample_batch,
+            scale, self.rewards, held_out, suite, self.accelerator,
+        )  # fmt: skip
 
     def _build(self) -> None:
         config, module = self.config, self.sampler.denoiser

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from diffsteer.training.acflow import RewardShaper, RunningMoments, WarmUp, shape_rewards
+from diffsteer.training.acflow import (
+    ACFlowConfig,
+    RewardShaper,
+    RunningMoments,
+    WarmUp,
+    shape_rewards,
+)
 from diffsteer.training.acflow.levels import draw_levels, draw_update
 from diffsteer.training.acflow.plan import check_split, epoch_plan
 from diffsteer.training.acflow.shaping import combine
@@ -168,9 +174,12 @@ def test_ranks_share_every_update(ranks):
 
 
 def test_epochs_that_do_not_split_are_refused():
-    check_split(24, updates=2, ranks=3, accumulate=2)
-    with pytest.raises(ValueError, match="must be a multiple of 10"):
-        check_split(24, updates=1, ranks=5, accumulate=2)
+    config = ACFlowConfig(
+        prompts_per_epoch=3, images_per_prompt=8, updates_per_epoch=2, accumulate=2
+    )
+    check_split(config, 3)
+    with pytest.raises(ValueError, match="must be a multiple of 20 .2 updates x 5 ranks x 2 pass"):
+        check_split(config, 5)
 
 
 # -- warm-up ---------------------------------------------------------------------------------------

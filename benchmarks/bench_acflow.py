@@ -1,0 +1,326 @@
+"""What AC-Flow costs beside its special case without a critic, and beside plain LoRA training.
+
+    python benchmarks/bench_acflow.py embedded --threads 1                 # the CPU
+    python benchmarks/bench_acflow.py sd3                # the shape of SD3-medium, on CUDA
+    python benchmarks/bench_acflow.py sd3 --device cpu --layers 1 --pixels 64 --samples 4 --rounds 3
+
+Update: one actor update of AC-Flow (advantages from the critic, weights, loss, one critic step) and
+one of ORW-CFM-W2 (weights, loss) on the same samples and policy, in changing order; the ratio is
+the median over the rounds. Bookkeeping is what happens once an epoch: shaping, reading measures.
+Timeline: when each batch is sampled and when it is scored, by a reward that waits as one on a
+server does. Memory: bytes that are held, and the most that an update adds (live tensors on the CPU,
+the allocator's peak on CUDA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _probes import PeakMemory
+from torch import Tensor, nn
+
+from diffsteer import load_embedded
+from diffsteer.training.acflow import ACFlowConfig, ACFlowTrainer, RewardShaper, method_config
+from diffsteer.training.acflow.learner import Learner
+from diffsteer.training.acflow.losses import forward_noised
+from diffsteer.training.acflow.targets import make_targets
+from diffsteer.training.network import quick_attention
+from diffsteer.training.prompts import Prompt, class_prompts
+from diffsteer.training.rewards import JpegSize, RewardPool, RewardSet
+
+# SD3-medium (stabilityai/stable-diffusion-3-medium, transformer/config.json and vae/config.json)
+SD3_MEDIUM = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "attention_head_dim": 64,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 192,
+}  # fmt: skip
+SD3_VAE = {
+    "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+
+
+# -- what is measured ------------------------------------------------------------------------------
+
+
+def settings_of(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    """An epoch of one update."""
+    prompts = 10 if options.model == "embedded" else 2
+    return {
+        "prompts_per_epoch": prompts, "images_per_prompt": max(1, options.samples // prompts),
+        "sample_steps": options.steps, "sample_batch": max(1, options.samples // 4),
+        "critic_width": options.width, "critic_steps": 1, "warmup_min": 0, "warmup_max": 0,
+        "ramp": 0, "eval_images": 0, "epochs": 10**6, "levels_per_sample": 2, **changes,
+    }  # fmt: skip
+
+
+def make_trainer(options: argparse.Namespace, reward: Any, **changes: Any) -> ACFlowTrainer:
+    config = ACFlowConfig(**settings_of(options, **changes))
+    build = embedded if options.model == "embedded" else sd3
+    pipe, prompts, more = build(options)
+    rewards = RewardSet({"reward": reward})
+    return ACFlowTrainer(config, pipe, prompts, rewards, tempfile.mkdtemp(), **more)
+
+
+def embedded(options: argparse.Namespace) -> tuple[Any, list[Prompt], dict[str, Any]]:
+    pipe = load_embedded(device=options.device)
+    return pipe, class_prompts(pipe), {}
+
+
+def sd3(options: argparse.Namespace) -> tuple[Any, list[Prompt], dict[str, Any]]:
+    """A pipeline of random weights; prompts are embeddings."""
+    import diffusers
+
+    with torch.device(options.device):
+        torch.manual_seed(0)
+        transformer = diffusers.SD3Transformer2DModel(**SD3_MEDIUM, num_layers=options.layers)
+        vae = diffusers.AutoencoderKL(**SD3_VAE)
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer.to(torch.bfloat16), vae=vae.to(torch.bfloat16),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+        text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    where = {"device": options.device, "dtype": torch.bfloat16}
+
+    def inputs(prompts: Any) -> dict[str, Any]:
+        count = len(prompts)
+        return {
+            "prompt_embeds": torch.ones(count, options.text_tokens, 4096, **where),
+            "pooled_prompt_embeds": torch.ones(count, 2048, **where),
+        }
+
+    call = {"height": options.pixels, "width": options.pixels}
+    return pipe, [Prompt(str(i)) for i in range(2)], {"inputs": inputs, "call": call}
+
+
+def collected(trainer: ACFlowTrainer) -> tuple[Any, Any]:
+    """Samples of an epoch and their targets."""
+    plan = trainer.plan(0)
+    with trainer.learner.precision(), RewardPool(trainer.rewards) as pool:
+        found = trainer._collect(plan, pool)
+    return found, targets_of(trainer, found)
+
+
+def targets_of(trainer: ACFlowTrainer, found: Any) -> Any:
+    groups = torch.tensor(trainer.plan(0).prompts)
+    device = trainer.accelerator.device
+    return make_targets(found.scores, groups, RewardShaper(), drop_constant=True, device=device)
+
+
+def without_critic(trainer: ACFlowTrainer, options: argparse.Namespace) -> Learner:
+    """ORW-CFM-W2 on the policy of ``trainer``."""
+    changes = {"critic": False, "critic_steps": 0, "tune": trainer.config.tune}
+    config = method_config("orw", **settings_of(options, **changes))
+    _, images, observed = trainer.sampler.learn(trainer.prompts)
+    learner = trainer.learner
+    return Learner(config, learner.model, learner.policy, observed, images, trainer.accelerator)
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def clocked(run: Callable[[], Any], options: argparse.Namespace) -> float:
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    synchronize(options)
+    start = clock()
+    run()
+    synchronize(options)
+    return clock() - start
+
+
+def synchronize(options: argparse.Namespace) -> None:
+    if options.device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def updates(trainer: ACFlowTrainer, options: argparse.Namespace) -> None:
+    """The table of times."""
+    sampling = clocked(lambda: collected(trainer), options)
+    found, targets = collected(trainer)
+    learners = {"AC-Flow": trainer.learner, "ORW-CFM-W2": without_critic(trainer, options)}
+    times: dict[str, list[float]] = {name: [] for name in learners}
+    keeping: list[float] = []
+    for number in range(options.rounds + 1):  # the first is not counted
+        for name in list(learners)[:: 1 if number % 2 else -1]:
+            learner = learners[name]
+
+            def update(learner: Learner = learner, number: int = number) -> None:
+                where = {"epoch": number, "inner": 0, "number": 0, "rate": 1e-6}
+                with learner.precision():
+                    learner.update(found.data, targets, **where)
+
+            times[name].append(clocked(update, options))
+            read = learner.measures.read
+            spent = clocked(lambda: targets_of(trainer, found), options)
+            spent += clocked(lambda read=read: read(trainer.accelerator, clip=2.0), options)
+            keeping.append(spent)
+    report_updates({name: values[1:] for name, values in times.items()}, keeping, sampling, options)
+
+
+def report_updates(
+    times: dict[str, list[float]], keeping: list[float], sampling: float, o: argparse.Namespace
+) -> None:
+    ours, plain = times["AC-Flow"], times["ORW-CFM-W2"]
+    ratios = [100 * (a / b - 1) for a, b in zip(ours, plain, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+    kept, base = statistics.median(keeping), statistics.median(plain)
+    extra = statistics.median(ours) - base
+    print(f"{o.samples} samples x 2 levels an update, critic of width {o.width}\n")
+    print("| | seconds | beside ORW-CFM-W2 |\n|---|---|---|")
+    print(f"| update, ORW-CFM-W2 | {base:.3f} | |")
+    print(f"| update, AC-Flow | {base + extra:.3f} | {middle:+.1f} % ({low:+.1f} to {high:+.1f}) |")
+    print(f"| shaping and measures, an epoch | {kept:.4f} | {100 * kept / base:+.1f} % |")
+    whole = sampling + base + kept
+    print(f"| epoch of one update, {o.steps} steps | {whole + extra:.2f} "
+          f"| {100 * extra / whole:+.1f} % |\n")  # fmt: skip
+
+
+class Waiting:
+    """A reward that answers after some time, as one on a server does."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        """Scores."""
+        time.sleep(self.seconds)
+        return JpegSize()(images.float())
+
+
+def timeline(trainer: ACFlowTrainer, reward: Waiting, options: argparse.Namespace) -> None:
+    """When each batch is sampled and scored."""
+    reward.seconds = 0.0
+    found, _ = collected(trainer)
+    batch = statistics.mean(end - start for start, end in found.sampled)
+    reward.seconds = options.wait * batch
+    found, _ = collected(trainer)
+    print("| batch | sampled, seconds | scored, seconds |\n|---|---|---|")
+    rows = zip(found.sampled, sorted(found.scored), strict=True)
+    for number, ((a, b), (c, d)) in enumerate(rows):
+        print(f"| {number + 1} | {a:.2f} to {b:.2f} | {c:.2f} to {d:.2f} |")
+    sampling = sum(end - start for start, end in found.sampled)
+    scoring, total = len(found.sampled) * reward.seconds, max(end for _, end in found.scored)
+    print(f"\nsampling {sampling:.2f} s and scoring at least {scoring:.2f} s took {total:.2f} s "
+          f"together; one after the other they take {sampling + scoring:.2f} s\n")  # fmt: skip
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def held(*things: Any) -> int:
+    """Bytes of modules, optimizers and averages."""
+    total = 0
+    for thing in things:
+        if isinstance(thing, nn.Module):
+            tensors = [*thing.parameters(), *thing.buffers()]
+        elif isinstance(thing, torch.optim.Optimizer):
+            tensors = [v for row in thing.state.values() for v in row.values()]
+        else:
+            tensors = list((thing or {}).values())
+        total += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    return total
+
+
+def peak(run: Callable[[], Any], known: list[Tensor], options: argparse.Namespace) -> int:
+    """The most bytes that ``run`` adds to what is held."""
+    run()  # optimizers make their state in the first step
+    if options.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with PeakMemory() as probe:
+        probe.ignore(*known)
+        run()
+    return probe.peak
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Plain LoRA flow matching and AC-Flow on the same batch."""
+    trainer = make_trainer(options, JpegSize(), tune="lora", rank=options.rank)
+    learner, (found, targets) = trainer.learner, collected(trainer)
+    policy, data = learner.policy, found.data
+    plain = torch.optim.AdamW(policy.parameters, 1e-6)
+    place = learner.place(0)
+    draw = learner._draw(data, 0)
+
+    def plain_update() -> None:
+        """As a script for LoRA training does it: noise, predict, compare, step."""
+        draw_all = draw.part(0, len(data.clean))
+        clean = data.clean.float().repeat_interleave(2, 0)
+        x = forward_noised(clean, draw_all.noise, draw_all.sigma)
+        cond, _ = data.condition(place.local, 2)
+        with learner.precision(), quick_attention(learner.device):
+            velocity = learner.model.velocity(policy.runner, x, draw_all.sigma, cond)
+            (velocity - (draw_all.noise - clean)).square().mean().backward()
+        nn.utils.clip_grad_norm_(policy.parameters, 1.0)
+        plain.step()
+        plain.zero_grad(set_to_none=True)
+
+    def update() -> None:
+        with learner.precision():
+            learner.update(data, targets, epoch=0, inner=0, number=0, rate=1e-6)
+
+    known = [*policy.module.parameters(), data.clean]
+    first = held(policy.module) + peak(plain_update, known, options) + held(plain)
+    own = [learner.optimizer, learner.average()]
+    critic = learner.critic
+    if critic is not None:
+        own += [critic.network, critic.optimizer]
+        known += list(critic.network.parameters())
+    added = peak(update, known, options)
+    second = held(policy.module) + added + held(*own)
+    print(f"LoRA of rank {options.rank}, {options.samples} samples x 2 levels an update; with the "
+          "base weights, adapters, optimizers, averages\n")  # fmt: skip
+    print("| | peak, MB | ratio |\n|---|---|---|")
+    print(f"| plain LoRA flow matching | {first / 1e6:.0f} | |")
+    print(f"| AC-Flow | {second / 1e6:.0f} | {second / first:.3f} |\n")
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tune = "full" if options.model == "embedded" else "lora"
+    reward = Waiting()
+    trainer = make_trainer(options, reward, tune=tune, rank=options.rank)
+    updates(trainer, options)
+    timeline(trainer, reward, options)
+    del trainer
+    memory(options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", choices=("embedded", "sd3"), nargs="?", default="embedded")
+    parser.add_argument("--device", help="default: cpu for embedded, cuda for sd3")
+    parser.add_argument("--samples", type=int, help="of an update (default: 80; sd3: 8)")
+    parser.add_argument("--steps", type=int, default=10, help="of the solver")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--width", type=int, help="of the critic (default: 16; sd3: 32)")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
+    parser.add_argument("--wait", type=float, default=0.8, help="of the reward, in batches sampled")
+    parser.add_argument("--layers", type=int, default=24, help="of the sd3 transformer")
+    parser.add_argument("--pixels", type=int, default=512, help="of the sd3 image")
+    parser.add_argument("--text-tokens", type=int, default=77, help="of the sd3 prompt")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--threads", type=int, default=None)
+    options = parser.parse_args()
+    small = options.model == "embedded"
+    options.device = options.device or ("cpu" if small else "cuda")
+    options.samples = options.samples or (80 if small else 8)
+    options.width = options.width or (16 if small else 32)
+    return options
+
+
+if __name__ == "__main__":
+    main()
