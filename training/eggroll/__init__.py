@@ -15,7 +15,7 @@ from .noise import BASELINE as BASELINE
 from .noise import NoiseFormat as NoiseFormat
 from .noise import member_noise as member_noise
 from .optimizer import Eggroll as Eggroll
-from .optimizer import Report as Report
+from .report import Report as Report
 from .save import save_result as save_result
 from .shaping import Shaped as Shaped
 from .shaping import shape_fitness as shape_fitness

@@ -56,6 +56,7 @@ class EggrollConfig:
     exclude: str = setting("", "likewise, layers that do not evolve")
     evolve_bias: bool = setting(False, "let biases evolve too")
     mode: str = setting("lowrank", "materialize: one member at a time", choices=MODES)
+    offload: bool = setting(False, "keep float32 offsets and first weights in main memory")
 
     prompts_per_step: int = setting(10, "prompts that every member is asked for; 0: all")
     images_per_prompt: int = setting(1, "images of each of them")
@@ -129,10 +130,10 @@ class EggrollConfig:
     def changes(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """The fields that make another run of it and differ: name to (saved, now)."""
         now = asdict(self)
+        # A run from before a setting existed had its default.
+        before = {item.name: saved.get(item.name, item.default) for item in fields(self)}
         bound = [item.name for item in fields(self) if not item.metadata["free"]]
-        return {
-            name: (saved.get(name), now[name]) for name in bound if saved.get(name) != now[name]
-        }
+        return {name: (before[name], now[name]) for name in bound if before[name] != now[name]}
 
     def layers(self) -> dict[str, Any]:
         """``target_modules`` and ``exclude`` as ``Eggroll`` takes them."""

@@ -14,7 +14,7 @@ from .layers import Layer, check_layers, find_layers, unwrap
 from .lowrank import Layout, Site, lowrank_class
 from .noise import NoiseFormat, bias_noise, pair_factors
 
-__all__ = ["MODES", "member_deltas", "perturbed"]
+__all__ = ["MODES", "member_deltas", "perturbed", "rows_of_call"]
 
 MODES = ("lowrank", "materialize")
 
@@ -176,7 +176,7 @@ def _watching(model: nn.Module, layout: Layout, rows_per_member: int | None) -> 
         )
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows = _rows_of(args, kwargs)
+        rows = rows_of_call(args, kwargs)
         unit = layout.members * (rows_per_member or 1)
         if rows % unit:
             kept = "" if rows_per_member is None else f" x {rows_per_member} rows each"
@@ -193,7 +193,12 @@ def _watching(model: nn.Module, layout: Layout, rows_per_member: int | None) -> 
         handle.remove()
 
 
-def _rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def rows_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The rows of the batch that a model is called with.
+
+    Raises:
+        ValueError: no argument is a tensor with a batch dimension.
+    """
     named = [kwargs[name] for name in ("hidden_states", "sample", "x", "input") if name in kwargs]
     tensors = [t for t in (*named, *args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     first = next(

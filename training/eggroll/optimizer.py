@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .forward import perturbed
 from .layers import Layer, Names, check_layers, find_layers
 from .noise import NoiseFormat
 from .pace import Pace
+from .report import Report
 from .shaping import Shaped, shape_fitness
 from .update import (
     MakeOptimizer,
@@ -25,29 +26,9 @@ from .update import (
     total_norm,
     weights_hash,
 )
+from .verify import check_rows_apart, first_call
 
-__all__ = ["Eggroll", "Report"]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one step did.
-
-    Attributes:
-        generation: steps made, this one included.
-        count: members that had a score.
-        deviation: of the centred scores.
-        step_norm: Euclidean norm of the change of all weights.
-        offset_norm: of all that has changed since the start.
-        skipped: the scores did not differ, so the weights are as they were.
-    """
-
-    generation: int
-    count: int
-    deviation: float
-    step_norm: float
-    offset_norm: float
-    skipped: bool
+__all__ = ["Eggroll"]
 
 
 class Eggroll:
@@ -83,6 +64,8 @@ class Eggroll:
         max_step_norm: cap on the Euclidean norm of one step.
         max_delta_norm: cap on that of the difference from the first weights.
         mode: "lowrank"; "materialize" for models that cannot batch members (one at a time).
+        offload: keep the float32 offsets and the first weights in main memory, and bring them to
+            the device layer by layer: memory there is that of inference.
 
     Raises:
         ValueError: an argument is out of range, the rank exceeds a matrix, or the model does not
@@ -113,6 +96,7 @@ class Eggroll:
         max_step_norm: float | None = None,
         max_delta_norm: float | None = None,
         mode: str = "lowrank",
+        offload: bool = False,
     ) -> None:
         self.noise = NoiseFormat(seed, rank, noise_kind, antithetic, noise_reuse)
         self.pace = Pace(
@@ -125,7 +109,8 @@ class Eggroll:
         self.layers = find_layers(model, target_modules, exclude, biases=evolve_bias)
         check_layers(model, self.layers, lowrank=mode == "lowrank")
         check_rank(rank, self.layers.values())
-        self.offsets = Offsets(self.layers)
+        self.offsets = Offsets(self.layers, offload=offload)
+        self._unverified = mode == "lowrank"
         self._separable = isinstance(optimizer, str) and max_step_norm is None
         self.optimizer = make_optimizer(optimizer, list(self.offsets.parameters.values()), lr)
         self.generation = 0
@@ -177,21 +162,35 @@ class Eggroll:
         for start in range(0, self.population_size, size):
             yield list(range(start, min(start + size, self.population_size)))
 
+    @contextmanager
     def perturbed(
         self, members: Sequence[int], *, rows_per_member: int | None, copies: int | None = None
-    ) -> AbstractContextManager[None]:
-        """``perturbed`` for members of the coming generation."""
-        return perturbed(
-            self.model,
-            members,
-            noise=self.noise,
-            step=self.generation,
-            sigma=self.sigma,
-            rows_per_member=rows_per_member,
-            layers=self.layers,
-            mode=self.mode,
-            copies=copies,
-        )
+    ) -> Iterator[None]:
+        """``perturbed`` for members of the coming generation.
+
+        The first batch of several members is computed again by two of them alone.
+
+        Raises:
+            ValueError: as ``perturbed`` and, at the end of the first batch, ``check_rows_apart``.
+        """
+        common: dict[str, Any] = {
+            "noise": self.noise, "sigma": self.sigma, "rows_per_member": rows_per_member,
+            "layers": self.layers,
+        }  # fmt: skip
+        # Where the copies are stated, hooks do not see the calls.
+        check = self._unverified and copies is None and len(set(members)) > 1
+        with ExitStack() as stack:
+            calls = stack.enter_context(first_call(self.model)) if check else []
+            stack.enter_context(
+                perturbed(
+                    self.model, members, step=self.generation, mode=self.mode, copies=copies,
+                    **common,
+                )
+            )  # fmt: skip
+            yield
+        if calls:
+            check_rows_apart(self.model, calls[0], members, **common)
+            self._unverified = False
 
     def tell(self, scores: Tensor, *, baseline: Tensor | None = None) -> Report:
         """Update the model from the scores of all members, (N,) or (N, Q), in their order.
@@ -283,7 +282,8 @@ class Eggroll:
             found = es_gradient(self.noise, layer, self.generation, self.sigma, shaped)
             for name, gradient in found.items():
                 moving[name] = self.offsets.parameters[name]
-                moving[name].grad = -gradient  # torch's optimizers go down
+                # torch's optimizers go down
+                moving[name].grad = -gradient.to(moving[name].device)
         before = {name: offset.detach().clone() for name, offset in moving.items()}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

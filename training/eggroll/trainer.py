@@ -23,9 +23,10 @@ from .hub import Hub, process_state
 from .log import FitnessLog, as_float32, log_header, replay
 from .members import MemberSampler, Scored
 from .messages import Messages
-from .optimizer import Eggroll, Report
+from .optimizer import Eggroll
 from .questions import Questions, draw_questions
 from .records import Records
+from .report import Report
 from .shaping import Shaped
 
 __all__ = ["EggrollTrainer", "make_eggroll"]
@@ -45,7 +46,7 @@ def make_eggroll(model: nn.Module, config: EggrollConfig) -> Eggroll:
             for name in (
                 *("sigma", "lr", "population_size", "rank", "seed", "antithetic", "noise_kind"),
                 *("noise_reuse", "fitness_shaping", "optimizer", "evolve_bias", "sigma_decay"),
-                *("lr_decay", "delta_decay", "mode"),
+                *("lr_decay", "delta_decay", "mode", "offload"),
             )
         },
         max_step_norm=config.max_step_norm or None,

@@ -84,11 +84,15 @@ class Offsets:
 
     Args:
         layers: what evolves; the weights as they are now are the base.
+        offload: keep base and offsets in main memory and not where the weights are.
     """
 
-    def __init__(self, layers: Mapping[str, Layer]) -> None:
+    def __init__(self, layers: Mapping[str, Layer], *, offload: bool = False) -> None:
         self._weights = dict(p for layer in layers.values() for p in layer.parameters())
-        self.base = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self.base = {
+            name: weight.detach().to("cpu" if offload else weight.device, copy=True)
+            for name, weight in self._weights.items()
+        }
         self.parameters = {
             name: nn.Parameter(torch.zeros_like(base, dtype=_wide(base)))
             for name, base in self.base.items()

@@ -182,6 +182,21 @@ def test_a_compiled_model_computes_the_same(mlp) -> None:
     assert torch.equal(compiled(x), plain)
 
 
+def test_members_of_the_next_generation_need_no_new_compilation(mlp) -> None:
+    seen = []
+
+    def counting(graph, example_inputs):
+        seen.append(graph)
+        return graph.forward
+
+    x = torch.randn(8, 3, dtype=torch.float64)
+    compiled = torch.compile(mlp, backend=counting, fullgraph=True)
+    outputs = [run(compiled, x, [0, 1, 2, 3], step=step) for step in range(5)]
+    assert len(seen) <= 2
+    for step, output in enumerate(outputs):
+        torch.testing.assert_close(output, run(mlp, x, [0, 1, 2, 3], step=step), **TIGHT)
+
+
 def test_a_model_compiled_in_place_is_told_its_copies(mlp) -> None:
     x = torch.randn(8, 3, dtype=torch.float64)
     expected = run(mlp, x, [0, 1], rows=2)

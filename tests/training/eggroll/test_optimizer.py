@@ -131,6 +131,29 @@ def test_a_run_that_is_loaded_goes_on_to_the_same_bits(optimizer: str) -> None:
     assert first.weights_hash() != whole.weights_hash()
 
 
+def test_offsets_in_main_memory_are_the_same_offsets() -> None:
+    runs = []
+    for offload in (False, True):
+        torch.manual_seed(2)
+        es = Eggroll(linear().bfloat16(), sigma=0.1, optimizer="adam", lr=0.01, offload=offload)
+        for step in range(3):
+            es.tell(torch.randn(64, generator=torch.Generator().manual_seed(step)))
+        runs.append((es.weights_hash(), es.offsets.base_hash(), es.model[0].weight.clone()))
+    assert runs[0][:2] == runs[1][:2] and torch.equal(runs[0][2], runs[1][2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+def test_offsets_stay_where_they_were_asked_to(offload: bool) -> None:
+    model = linear().to("cuda", torch.bfloat16)
+    before = model[0].weight.detach().clone()
+    es = Eggroll(model, sigma=0.1, offload=offload)
+    es.tell(torch.randn(64))
+    where = {t.device.type for t in (*es.offsets.parameters.values(), *es.offsets.base.values())}
+    assert where == {"cpu" if offload else "cuda"}
+    assert model[0].weight.device.type == "cuda" and not torch.equal(model[0].weight, before)
+
+
 def test_saved_states_of_other_runs_are_refused() -> None:
     es = Eggroll(linear(), sigma=0.1)
     state = es.state_dict()

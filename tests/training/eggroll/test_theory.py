@@ -12,9 +12,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffsteer.training.eggroll import NoiseFormat
+from diffsteer.training.eggroll import (
+    NoiseFormat,
+    es_gradient,
+    find_layers,
+    perturbed,
+    shape_fitness,
+)
 from diffsteer.training.eggroll.noise import pair_factors
 
 
@@ -109,3 +115,35 @@ def test_the_bias_for_a_cubic_falls_as_one_over_the_rank(rank: int) -> None:
     predicted = sigma**2 * (3 + 6 / rank)
     assert abs(float(samples.mean()) - predicted) < 4 * error + 0.003 * predicted
     assert error < 0.05 * predicted
+
+
+def test_the_cosine_with_the_gradient_of_a_network_grows_as_theory_says() -> None:
+    """As sqrt(N / d) while N is small, and to 1 in the end: D = (m + 2)(n + 2) / N summed up."""
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)).double().eval()
+    x, y = torch.randn(32, 6, dtype=torch.float64), torch.randn(32, 4, dtype=torch.float64)
+    layers = find_layers(model)
+    weights = [layer.module.weight for layer in layers.values()]
+    loss = -(model(x) - y).square().mean()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+    # Each layer sees the noise of its own linear fitness and that of the other layers.
+    parts = {name: g for name, g in zip(layers, gradient.split([60, 40]), strict=True)}
+    measured = []
+    for size in (16, 256, 4096):
+        cosines = []
+        for seed in range(8):
+            noise, options = NoiseFormat(seed), {"sigma": 1e-3, "step": 0, "rows_per_member": 32}
+            with perturbed(model, range(size), noise=noise, layers=layers, **options):
+                outputs = model(x.repeat(size, 1)).view(size, 32, 4)
+            shaped = shape_fitness(-(outputs - y).square().mean((1, 2)))
+            found = [es_gradient(noise, layer, 0, 1e-3, shaped) for layer in layers.values()]
+            estimate = torch.cat([g.flatten() for one in found for g in one.values()])
+            cosines.append(torch.cosine_similarity(estimate, gradient, dim=0))
+        pairs, total, error = size // 2, gradient.square().sum(), 0.0
+        for name, layer in layers.items():
+            own, (m, n) = parts[name].square().sum(), (layer.rows, layer.columns)
+            error += float(((m + 2) * (n + 2) - 1) * own + m * n * (total - own)) / pairs
+        predicted = 1 / math.sqrt(1 + error / float(total))
+        measured.append(float(torch.stack(cosines).mean()))
+        assert measured[-1] == pytest.approx(predicted, rel=0.15 if size == 16 else 0.05)
+    assert measured[0] < 0.35 and measured[2] > 0.95
