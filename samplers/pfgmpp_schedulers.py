@@ -111,7 +111,8 @@ class PFGMPPEulerScheduler(EDMEulerScheduler):
         self._first_sigma, self.num_inference_steps = float(levels[0]), len(levels)
         self.timesteps = self.precondition_noise(levels.to(device))
         self.sigmas = torch.cat([levels, levels.new_full((1,), last)])
-        self._step_index = self._begin_index = None
+        self._step_index: Any = None
+        self._begin_index: Any = None
 
     def prior_latents(
         self,

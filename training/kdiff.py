@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.prediction import Q_FLOOR, Kind, Level
-from ..core.tensors import per_sample, widen
-from ..samplers.pfgmpp import limited
-from .flow import TIMESTEPS, Network, draw_flow
+from ..core.tensors import widen
+from .flow import Network, draw_flow, flow_output
 from .noise import NoiseLaw
 
 
@@ -89,9 +88,7 @@ def kdiff_loss(
         q_floor: least q that is divided by.
         augment_dim: D of the noise; at D <= 2 the network's input is kept from exploding.
     """
-    alpha, sigma = per_sample(level.alpha, clean), per_sample(level.sigma, clean)
-    x = limited(alpha * clean + sigma * noise, augment_dim)
-    output = network(x, TIMESTEPS * level.sigma, labels).float()
+    output = flow_output(network, clean, noise, level, labels, augment_dim)
     error = (output - kdiff_target(clean, noise, k)) / kdiff_q(level, clean, k).clamp_min(q_floor)
     return error.square().flatten(1).mean(1)
 
@@ -191,6 +188,5 @@ class KDiffObjective(NoiseLaw):
             return kdiff_loss(
                 network, clean, noise, level, labels, k=k, q_floor=self.q_floor, augment_dim=dim
             )
-        x = limited(level.mix(clean, noise), dim)
-        output = network(x, TIMESTEPS * level.sigma, labels).float()
+        output = flow_output(network, clean, noise, level, labels, dim)
         return (output - kdiff_target(clean, noise, k)).square().flatten(1).mean(1)
