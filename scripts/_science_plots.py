@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SHOWN = (
     "none", "cfg-2", "cfg-6", "cfg-12", "apg-6", "apg-12", "auto-2", "auto-gfcg-2", "cfg2-gfcg-1",
-    "elucd-0.05", "mp2-4", "cfg30-4",
+    "elucd-0.5", "cfg2-elucd", "mp2-4", "cfg30-4",
 )  # fmt: skip
 
 
