@@ -24,9 +24,7 @@ TITLES = {
 Results = dict[str, dict[str, Any]]
 
 
-def write(
-    out: Path, found: Results, theory: str, *, page: Path | None, plots: Path | None
-) -> None:
+def write(out: Path, found: Results, theory: str, *, page: Path | None, plots: Path | None) -> None:
     """Write ``tables.md`` and the pictures; put the tables into a page, between its marks."""
     parts = [table(found, reward) for reward in TITLES]
     text = "\n\n".join(part for part in [*parts, theory] if part)

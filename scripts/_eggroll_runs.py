@@ -204,5 +204,3 @@ def load_weights(pipe: Any, out: Path, name: str) -> None:
     """Put what a task has reached into a pipeline."""
     state = torch.load(out / "weights" / f"{name}.pt", weights_only=True)
     pipe.transformer.load_state_dict(state)
-
-

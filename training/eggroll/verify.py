@@ -74,8 +74,9 @@ def check_rows_apart(
             return _rows(model(*call[0], **call[1]), rows_of_call(*call))
 
     pair = (members[0], members[-1])
-    together, *alone = (output(members, rows_per_member), *(output([m], None) for m in pair))
-    if together is None or alone[0] is None or alone[1] is None:
+    found = [output(members, rows_per_member), *(output([m], None) for m in pair)]
+    together, *alone = [tensor for tensor in found if tensor is not None] or [torch.empty(0)]
+    if len(alone) < 2:
         return  # the output has no rows
     noise_does = float((alone[0] - alone[1]).norm()) / (2 * len(together)) ** 0.5
     for place, member, own in zip((0, len(members) - 1), pair, alone, strict=True):
