@@ -276,10 +276,11 @@ def all_metrics(places: list[Path]) -> list[str]:
 def fid_alone(places: list[Path]) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    network = cifar_extractor().network.features
+    classifier = cifar_extractor().network
+    network, network_size = classifier.features, classifier.feature_size
 
     class Features(torch.nn.Module):
-        num_features = 128
+        num_features = network_size
 
         def forward(self, x: Tensor) -> Tensor:
             return network(x.float() / 255)

@@ -2,11 +2,13 @@
 
     python benchmarks/sample_size.py test.parquet              one half against the other
     python benchmarks/sample_size.py train.parquet --reference test.parquet --sizes 500 1000 2000
+    python benchmarks/sample_size.py train.parquet --reference test.parquet --plot size.png
 
 Real images are scored against other real images. Without a reference, a random half of the images
 is the reference of the other half, so the true distance is 0. For each N the images are dealt into
 separate sets of N (at most ``--draws``); printed are mean and standard deviation over the sets.
-Precision and recall compare N with N. Features are extracted once and cached.
+Precision and recall compare N with N. Features are extracted once and cached; ``--plot`` draws the
+table.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,6 +38,9 @@ from diffsteer.eval.reading import read_features
 from diffsteer.eval.reference import statistics_of
 from diffsteer.eval.settings import PROTOCOLS, protocol
 from diffsteer.eval.stats import Statistics
+
+# Of one N: how many sets, and mean and spread of each column that has a value.
+Row = tuple[int, int, dict[str, tuple[float, float]]]
 
 COLUMNS = ("fd", "fd x N / 1000", "fd_infinity", "kid x 1000", "precision", "recall")
 
@@ -64,6 +71,7 @@ def main() -> None:
     add("--extractor", default="cifar", choices=sorted(EXTRACTORS))
     add("--protocol", default="default", choices=sorted(PROTOCOLS))
     add("--device", default="cpu")
+    add("--plot", type=Path, help="draw the table into this file (needs matplotlib)")
     options = parser.parse_args()
     net = load_extractor(options.extractor, protocol(options.protocol), device=options.device)
 
@@ -82,17 +90,61 @@ def main() -> None:
     print(f"{len(everything)} images against {real.count}; {net.id}", file=sys.stderr)
     print("| N | sets | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
+    rows: list[Row] = []
     for size in options.sizes:
         sets = torch.arange(len(everything) // size * size).view(-1, size)[: options.draws]
-        found = [scores(real, everything[rows]) for rows in sets]
-        if not found:
+        if len(sets) == 0:
             continue
-        cells = []
-        for name in COLUMNS:
-            values = [f[name] for f in found if name in f]
-            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "-")
-        print(f"| {size} | {len(found)} | " + " | ".join(cells) + " |", flush=True)
+        found = [scores(real, everything[chosen]) for chosen in sets]
+        rows.append((size, len(found), summary(found)))
+        print(line(rows[-1]), flush=True)
+    if options.plot is not None:
+        draw(options.plot, rows)
+
+
+def summary(found: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation (0 of a single set) of each column over the sets."""
+    values = {name: [f[name] for f in found if name in f] for name in COLUMNS}
+    return {
+        name: (statistics.mean(known), statistics.stdev(known) if len(known) > 1 else 0.0)
+        for name, known in values.items()
+        if known
+    }
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    size, count, columns = row
+    cells = []
+    for name in COLUMNS:
+        mean, spread = columns.get(name, (None, 0.0))
+        cells.append(
+            "-" if mean is None else f"{mean:.4g}" + (f" ± {spread:.2g}" if spread else "")
+        )
+    return f"| {size} | {count} | " + " | ".join(cells) + " |"
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Three panels over N: the Fréchet distance and its limit, kernel distance, the shares."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    shown = (("fd", "fd_infinity"), ("kid x 1000",), ("precision", "recall"))
+    for panel, names in zip(panels, shown, strict=True):
+        for name in names:
+            points = [(size, *columns[name]) for size, _, columns in rows if name in columns]
+            x, mean, spread = ([p[i] for p in points] for i in range(3))
+            panel.errorbar(x, mean, spread, marker="o", markersize=4, capsize=2, label=name)
+        panel.set(xscale="log", xlabel="samples N")
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.legend(frameon=False)
+    panels[0].set_yscale("symlog", linthresh=0.1)
+    panels[2].set_ylim(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

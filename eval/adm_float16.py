@@ -48,13 +48,7 @@ def prdc_adm_float16(real: Tensor, fake: Tensor, k: int = 3, *, chunk: int = 204
             balls[rows] += in_real.sum(1)
             covered[columns] |= in_real.any(0)
             recalled[columns] |= (tile <= radius_fake[rows, None]).any(0)
-    return PRDC(
-        precision=float((balls > 0).sum()) / len(fake),
-        recall=float(recalled.sum()) / len(real),
-        density=float(balls.sum()) / (k * len(fake)),
-        coverage=float(covered.sum()) / len(real),
-        k=k, strict=False, n_real=len(real), n_fake=len(fake),
-    )  # fmt: skip
+    return PRDC.of_counts(balls, covered, recalled, k, strict=False)
 
 
 def adm_squared_distances(u: Tensor, v: Tensor) -> Tensor:

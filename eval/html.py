@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from .plots import class_bars, infinity_fit, precision_recall, sweep_curve
+from .plots import figures_of, precision_recall, sweep_curve
 from .report import EvalResult, write_text
 
 # A caption, and images (uint8, (3, H, W)) with a caption each.
@@ -108,12 +108,8 @@ def _figures(
     if len(results) > 1 and all({"precision", "recall"} <= set(r.scores) for _, r in results):
         figures.append(("precision and recall", precision_recall(results)))
     for title, result in results:
-        figures += [
-            (f"{name} {title}".strip(), infinity_fit(result, name)) for name in result.curves
-        ]
-        if "accuracy" in result.per_class:
-            caption = f"accuracy by class {title}".strip()
-            figures.append((caption, class_bars(result, class_names)))
+        own = figures_of(result, class_names)
+        figures += [(f"{name} {title}".strip(), figure) for name, figure in own.items()]
     return [_figure(caption, figure) for caption, figure in figures]
 
 

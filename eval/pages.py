@@ -8,7 +8,7 @@ from pathlib import Path
 from .grids import best_and_worst, nearest_real
 from .html import Grid, write_html
 from .images import open_images
-from .plots import infinity_fit, precision_recall, sweep_curve
+from .plots import figures_of, precision_recall, sweep_curve
 from .report import EvalResult
 from .runs import sweep_axis
 from .suite import EvalSuite
@@ -54,8 +54,13 @@ def write_page(
                overwrite=overwrite)  # fmt: skip
 
 
-def write_plots(folder: Path, results: dict[str, EvalResult]) -> list[Path]:
+def write_plots(
+    folder: Path, results: dict[str, EvalResult], *, class_names: Sequence[str] = ()
+) -> list[Path]:
     """Curves over the guidance scale and precision against recall, as PNG; what was written.
+
+    A single result gives its own figures too: accuracy by class, scores over k, the fit of
+    ``fd_infinity``.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -69,7 +74,8 @@ def write_plots(folder: Path, results: dict[str, EvalResult]) -> list[Path]:
     if {"precision", "recall"} <= shared:
         figures["precision_recall"] = precision_recall(pairs)
     if len(pairs) == 1:
-        figures |= {f"{n}_fit": infinity_fit(pairs[0][1], n) for n in pairs[0][1].curves}
+        own = figures_of(pairs[0][1], class_names)
+        figures |= {name.replace(" ", "_"): figure for name, figure in own.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .report import EvalResult
+from .scores import OVER_K
 
 
 def _figure(width: float = 5.0, height: float = 3.6) -> tuple[Any, Any]:
@@ -105,3 +106,35 @@ def infinity_fit(result: EvalResult, metric: str) -> Any:
     axes.plot([0.0, max(at)], [value, value + slope * max(at)], "-")
     axes.set(xlabel="1 / N", ylabel=metric, xlim=(0, None))
     return figure
+
+
+def curves_over_k(result: EvalResult) -> Any:
+    """Precision, recall, density and coverage over the neighbour that sets the radii; a Figure.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if the result has no such curves.
+    """
+    curves = {name: points for name, points in result.curves.items() if name.endswith(OVER_K)}
+    if not curves:
+        raise ValueError("the result has no curves over k: score it with over_k")
+    figure, axes = _figure()
+    for name, (ks, values) in curves.items():
+        axes.plot(ks, values, "o-", label=name.removesuffix(OVER_K))
+    axes.set(xlabel="k", ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
+def figures_of(result: EvalResult, class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """Every figure that one result has by itself, by name: fits, curves over k, bars by class.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+    """
+    found = {f"{n} fit": infinity_fit(result, n) for n in result.curves if not n.endswith(OVER_K)}
+    if len(found) < len(result.curves):
+        found["scores over k"] = curves_over_k(result)
+    if "accuracy" in result.per_class:
+        found["accuracy by class"] = class_bars(result, class_names)
+    return found

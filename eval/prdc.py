@@ -17,7 +17,12 @@ from .neighbours import Points, exact_squared, pair_up, radii_squared, tiles, to
 
 @dataclass(frozen=True)
 class PRDC:
-    """The four scores in [0, 1] (density may exceed 1) and what they were computed from."""
+    """The four scores in [0, 1] (density may exceed 1) and what they were computed from.
+
+    Precision and density are means over the fake samples; their standard errors are those of these
+    means, for the real samples as they are. Recall and coverage depend on the fake samples as a
+    whole: ``half_samples`` gives errors of these.
+    """
 
     precision: float
     recall: float
@@ -27,6 +32,36 @@ class PRDC:
     strict: bool
     n_real: int
     n_fake: int
+    precision_stderr: float
+    density_stderr: float
+
+    @classmethod
+    def of_counts(
+        cls, balls: Tensor, covered: Tensor, recalled: Tensor, k: int, *, strict: bool
+    ) -> PRDC:
+        """The scores of finished counts.
+
+        Args:
+            balls: shape (M,), integer, the real balls that each fake sample lies in.
+            covered: shape (N,), bool, the real samples whose ball holds a fake sample.
+            recalled: shape (N,), bool, the real samples in a fake ball.
+            k: the neighbour.
+            strict: whether balls excluded their surface.
+        """
+        precision, precision_stderr = _mean_and_error((balls > 0).long())
+        density, density_stderr = _mean_and_error(balls)
+        n_real, n_fake = len(recalled), len(balls)
+        recall, coverage = float(recalled.sum()) / n_real, float(covered.sum()) / n_real
+        return cls(
+            precision, recall, density / k, coverage, k, strict, n_real, n_fake,
+            precision_stderr, density_stderr / k,
+        )  # fmt: skip
+
+
+def _mean_and_error(counts: Tensor) -> tuple[float, float]:
+    """Mean and its standard error from whole numbers, so that no order of rows changes a digit."""
+    n, total, squares = len(counts), int(counts.sum()), int(counts.square().sum())
+    return total / n, ((n * squares - total**2) / (n - 1)) ** 0.5 / n
 
 
 def prdc(
@@ -76,16 +111,7 @@ def prdc(
     balls, covered, recalled = _count(
         points_real, points_fake, radius_real, radius_fake, strict, chunk, share
     )
-    return PRDC(
-        precision=float((balls > 0).sum()) / len(fake),
-        recall=float(recalled.sum()) / len(real),
-        density=float(balls.sum()) / (k * len(fake)),
-        coverage=float(covered.sum()) / len(real),
-        k=k,
-        strict=strict,
-        n_real=len(real),
-        n_fake=len(fake),
-    )
+    return PRDC.of_counts(balls, covered, recalled, k, strict=strict)
 
 
 def _count(

@@ -40,7 +40,8 @@ class Score:
 class EvalResult:
     """Scores by name, what was left out and why, warnings, and the meta data of the run.
 
-    ``curves`` holds the points behind a score: sample counts and distances of ``fd_infinity``.
+    ``curves`` holds points, x and y: sample counts and distances behind ``fd_infinity``, and the
+    scores over k of ``over_k``.
     """
 
     scores: dict[str, Score]

@@ -21,6 +21,9 @@ from .report import Score
 from .scorers import Scorer
 from .vendi import mean_cosine_distance, vendi
 
+CURVE_KS = (1, 2, 3, 5, 10, 20)
+OVER_K = "-over-k"  # how the names of these curves end
+
 
 def _distance_name(metric: str, space: str) -> str:
     """``fid`` and ``kid`` are names of Inception's space alone; others carry theirs."""
@@ -96,42 +99,55 @@ def kid(given: Inputs) -> Iterator[Score]:
         yield Score(f"{name}-subsets", found.value, found.stderr, False, len(fake))
 
 
-def _neighbours(given: Inputs) -> PRDC:
+def _neighbours(given: Inputs, k: int | None = None) -> PRDC:
     settings = given.settings
-    if settings.k not in given.neighbours:  # precision/recall and density/coverage share a pass
+    k = k or settings.k
+    if k not in given.neighbours:  # precision/recall and density/coverage share a pass
         real, fake = given.real()[: settings.neighbours_real], given.tap()
         fake = fake[: settings.neighbours_fake]
-        if min(len(real), len(fake)) <= settings.k:
+        if min(len(real), len(fake)) <= k:
             raise CannotScore(
-                f"k = {settings.k} needs more than {settings.k} samples a side, got {len(real)} "
-                f"real and {len(fake)} generated"
+                f"k = {k} needs more than {k} samples a side, got {len(real)} real and "
+                f"{len(fake)} generated"
             )
-        if len(real) != len(fake):
+        if len(real) != len(fake) and not given.neighbours:
             given.warnings.append(
                 f"precision and recall compare {len(real)} real with {len(fake)} generated "
                 "samples; they depend on both counts"
             )
         if settings.distances == "adm-float16":
-            given.neighbours[settings.k] = prdc_adm_float16(real, fake, settings.k)
+            given.neighbours[k] = prdc_adm_float16(real, fake, k)
         else:
-            given.neighbours[settings.k] = prdc(
-                real, fake, settings.k, strict=settings.strict, share=given.share
-            )
-    return given.neighbours[settings.k]
+            given.neighbours[k] = prdc(real, fake, k, strict=settings.strict, share=given.share)
+    return given.neighbours[k]
 
 
 def pr(given: Inputs) -> Iterator[Score]:
     """Precision and recall."""
     found = _neighbours(given)
-    yield Score(given.name("precision"), found.precision, None, True, found.n_fake)
+    name, error = given.name("precision"), found.precision_stderr
+    yield Score(name, found.precision, error, True, found.n_fake)
     yield Score(given.name("recall"), found.recall, None, True, found.n_fake)
 
 
 def dc(given: Inputs) -> Iterator[Score]:
     """Density and coverage."""
     found = _neighbours(given)
-    yield Score(given.name("density"), found.density, None, True, found.n_fake)
+    yield Score(given.name("density"), found.density, found.density_stderr, True, found.n_fake)
     yield Score(given.name("coverage"), found.coverage, None, True, found.n_fake)
+
+
+def over_k(given: Inputs) -> Iterator[Score]:
+    """Curves of precision, recall, density and coverage over k; a pass over neighbours each."""
+    smaller = min(len(given.real()), len(given.tap()))
+    wanted = [k for k in sorted({*CURVE_KS, given.settings.k}) if k < smaller]
+    if not wanted:
+        raise CannotScore("needs at least 2 samples a side")
+    found = [_neighbours(given, k) for k in wanted]
+    for name in ("precision", "recall", "density", "coverage"):
+        values = [float(getattr(scores, name)) for scores in found]
+        given.curves[given.name(name) + OVER_K] = [[float(k) for k in wanted], values]
+    yield from ()
 
 
 def inception(given: Inputs) -> Iterator[Score]:
@@ -157,7 +173,8 @@ def accuracy(given: Inputs) -> Iterator[Score]:
         )
     found, count = class_accuracy(logits, labels), len(labels)
     yield Score(given.name("accuracy"), found.top1, found.stderr, True, count)
-    yield Score(given.name("accuracy_top5"), found.top5, None, True, count)
+    error = (found.top5 * (1 - found.top5) / count) ** 0.5
+    yield Score(given.name("accuracy_top5"), found.top5, error, True, count)
     yield Score(given.name("macro_precision"), found.macro_precision, None, True, count)
     given.per_class[given.name("accuracy")] = found.per_class.tolist()
     if found.never_predicted:
@@ -236,5 +253,6 @@ METRICS: dict[str, Callable[[Inputs], Iterator[Score]]] = {
     "fd": fd, "kid": kid, "pr": pr, "dc": dc, "is": inception, "accuracy": accuracy,
     "colour": colour, "fd_infinity": fd_inf, "sfid": sfid, "cmmd": cmmd_score,
     "vendi": vendi_score, "diversity": diversity, "realism": realism_score, "authpct": authpct,
+    "over_k": over_k,
 }  # fmt: skip
 DEFAULT_METRICS = ("fd", "kid", "pr", "dc", "accuracy", "colour")

@@ -83,10 +83,10 @@ def score_folders(folders: list[str], out: Path | None, options: argparse.Namesp
         show(results, options)
         if out is not None:
             write_text(out, as_json(results) + "\n", overwrite=options.overwrite)
-        if options.plots:
-            write_plots(out.parent, results)
+        names = suite.extractors[0].class_names
+        if options.plots and out is not None:
+            write_plots(out.parent, results, class_names=names)
         if options.html:
-            names = suite.extractors[0].class_names
             write_page(options.html, results, grids, class_names=names, overwrite=options.overwrite)
     warned = any(result.warnings or result.skipped for result in results.values())
     return 3 if warned and options.strict else 0
@@ -203,7 +203,9 @@ def make_suite(options: argparse.Namespace) -> EvalSuite:
     settings = protocol(options.protocol)
     if options.k is not None:
         settings = replace(settings, k=options.k)
-    metrics = list(METRICS) if options.metrics == "all" else options.metrics.split(",")
+    metrics = options.metrics.split(",")
+    if "all" in metrics:  # but over_k, which takes a pass for each k, only where it is named
+        metrics = [m for m in METRICS if m != "over_k" or m in metrics]
     extractors = [load_extractor(n, settings, device=options.device) for n in options.extractor]
     scorers = {}
     for given in options.scorer:
