@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 
 from diffsteer.eval import load_classifier
 from diffsteer.eval.half_samples import Estimate
-from diffsteer.guidance import CalibratedClassifierGuidance
 from diffsteer.pipelines import SweepPoint
 
 points = scripts_main.load("_science_points")
@@ -39,24 +39,22 @@ def test_equal_evaluations_as_the_authors_count(iterations, steps):
     assert 2 * steps + 2 * iterations * gated <= 60
 
 
-def test_the_noisy_input_ablation_differentiates_at_the_sample():
-    from diffsteer.core import Level, Step
-
-    slope = torch.tensor([[1.0, -2.0, 0.5]])
-
-    def classifier(images):  # its gradient is the image, so where it is taken shows
-        first = (images.mean((2, 3)) ** 2 * slope).sum(1)
-        return torch.stack([first, 0 * first], 1)
-
-    rule = CalibratedClassifierGuidance(
-        classifier, scale=0.7, marginal=0.0, sine=0.0, labels=torch.zeros(2, dtype=torch.long)
-    )
-    x, cond = torch.rand(2, 2, 3, 4, 4).mul(0.5).unbind(0)
-    level = Level.flow(torch.tensor(0.5))
-    step = Step(x=x, level=level, index=0, count=2, timestep=500.0, cond=cond)
-    at_x = rule(Step(x=x, level=level, index=0, count=2, timestep=500.0, cond=x)) - x
-    torch.testing.assert_close(points.NoisyInput(rule)(step), cond + at_x)
-    assert not torch.allclose(points.NoisyInput(rule)(step), rule(step))
+def test_each_ablation_takes_one_thing_away(tools):
+    rules = {point.name: point.rule for point in points.elucd_points(tools)}
+    full = rules[f"elucd-{points.ABLATED_AT:g}"]
+    gone = {
+        name: [
+            f.name for f in fields(full) if getattr(rules[name], f.name) != getattr(full, f.name)
+        ]
+        for name in rules
+        if name.startswith("elucd-") and not name[6:].replace(".", "").isdigit()
+    }
+    assert gone == {
+        "elucd-noisy_input": ["classify_on"],
+        "elucd-ReLU": ["classifier"],
+        "elucd-equal_temperatures": ["marginal"],
+        "elucd-no_sine_term": ["sine"],
+    }
 
 
 def estimate(value: float, stderr: float) -> Estimate:
