@@ -46,7 +46,8 @@ class Setting:
         seeds = " ".join(map(str, args.seeds))
         command = (
             f"python scripts/reproduce_acflow.py --budget {args.budget} --rate {args.rate} "
-            f"--seeds {seeds} --samples {args.samples} --toy-seeds {args.toy_seeds}"
+            f"--seeds {seeds} --samples {args.samples} --toy-seeds {args.toy_seeds} "
+            f"--rewards {' '.join(args.rewards)} --methods {' '.join(args.methods)}"
         )
         return cls(args.budget, args.rate, args.samples, settings, threads, command)
 

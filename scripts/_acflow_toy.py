@@ -29,11 +29,16 @@ MEANS = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 
 @dataclass(frozen=True)
 class Toy:
-    """A row of the table: how samples are weighed, and alpha."""
+    """A row of the table: how samples are weighed, and alpha.
+
+    ``scale`` leaves the rewards unshaped and multiplies them instead; None shapes them.
+    """
 
     name: str
     weigh: Callable[[Tensor, Tensor], Tensor] | None
     alpha: float = 0.0
+    warm_up: int = WARM_UP
+    scale: float | None = None
 
 
 def boltzmann(advantages: Tensor) -> Tensor:
@@ -54,7 +59,18 @@ def toys() -> list[Toy]:
     def signed(z: Tensor, v: Tensor) -> Tensor:
         return family_weights(advantage(z, v, clip=CLIP), family="signed")
 
-    return [*rows, Toy("signed z - V", signed, 2.5)]
+    def unclipped(z: Tensor, v: Tensor) -> Tensor:
+        return boltzmann(advantage(z, v, clip=math.inf))
+
+    clipped = weights["exp(tau clip(z - V)), AC-Flow"]
+    rows += [Toy("signed z - V", signed, 2.5)]
+    rows += [Toy("AC-Flow without clipping", unclipped, 1.0)]
+    rows += [Toy("AC-Flow without warm-up", clipped, 1.0, warm_up=0)]
+    rows += [Toy("AC-Flow, rewards times 20, unshaped", clipped, 1.0, scale=20.0)]
+    return [
+        *rows,
+        Toy("ORW, rewards times 20, unshaped", lambda z, v: boltzmann(z), 1.0, scale=20.0),
+    ]
 
 
 def network(seed: int, inputs: int = 3, outputs: int = 2) -> nn.Sequential:
@@ -121,11 +137,13 @@ def run_toy(toy: Toy, base: nn.Sequential, seed: int) -> dict[str, float]:
     for round_ in range(ROUNDS if toy.weigh is not None else 0):
         clean = draw(model, 1024, generator)
         groups = torch.zeros(1024, dtype=torch.long)
-        shaped = shape_rewards(reward_of(clean), groups).float()
+        rewards = reward_of(clean)
+        shaped = shape_rewards(rewards, groups).float()
+        shaped = shaped if toy.scale is None else toy.scale * rewards
         for _ in range(UPDATES):
             rows, x, sigma, velocity = batch(clean, generator)
             value = value_of(critic, x, sigma)[:, 0]
-            if round_ >= WARM_UP and toy.weigh is not None:
+            if round_ >= toy.warm_up and toy.weigh is not None:
                 weight = toy.weigh(shaped[rows], value.detach())
                 policy = value_of(model, x, sigma)
                 with torch.no_grad():

@@ -10,7 +10,9 @@ import torch
 
 from .config import ACFlowConfig
 
-__all__ = ["make_accelerator"]
+__all__ = ["check_distribution", "make_accelerator"]
+
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
 def make_accelerator(config: ACFlowConfig, out: Path) -> Any:
@@ -31,3 +33,18 @@ def make_accelerator(config: ACFlowConfig, out: Path) -> Any:
     if config.log_with:
         accelerator.init_trackers("diffsteer-acflow", config=asdict(config))
     return accelerator
+
+
+def check_distribution(accelerator: Any) -> None:
+    """Refuse launches that shard weights: every rank must hold them all.
+
+    Raises:
+        NotImplementedError: with what to use instead.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in SHARDED:
+        raise NotImplementedError(
+            f"accelerate was launched with {kind}, which shards weights over the ranks; sampling, "
+            "averages and checkpoints here need whole ones. Use --multi_gpu (DDP), with "
+            "tune='lora' and gradient_checkpointing to save memory"
+        )

@@ -17,7 +17,7 @@ from ..prompts import Prompt
 from ..rewards import RewardPool, RewardSet
 from ..run_folder import append_line, newest_state
 from ..stopping import StopRequest
-from .accelerators import make_accelerator
+from .accelerators import check_distribution, make_accelerator
 from .collect import Collected, collect, everyones_scores
 from .config import ACFlowConfig
 from .evaluation import Evaluation
@@ -60,7 +60,8 @@ class ACFlowTrainer:
     Raises:
         ValueError: settings and number of ranks do not fit, the pipeline is not of flow matching,
             or the LoRA targets match nothing.
-        NotImplementedError: the pipeline calls its denoiser in a way that cannot be repeated.
+        NotImplementedError: the pipeline calls its denoiser in a way that cannot be repeated, or
+            the launch shards weights.
         CheckpointError: ``out`` holds another run, or a damaged checkpoint.
     """
 
@@ -87,6 +88,7 @@ class ACFlowTrainer:
         if not self.prompts:
             raise ValueError("prompts: give at least one")
         self.accelerator = accelerator or make_accelerator(config, self.out)
+        check_distribution(self.accelerator)
         check_split(config, self.accelerator.num_processes)
         self.sampler = Sampler(pipe, config.guidance_scale, call or {}, inputs)
         base = self._inputs(call or {})

@@ -99,7 +99,7 @@ def test_a_text_to_image_model_trains_and_its_lora_loads(start, tmp_path, name):
     torch.testing.assert_close(loaded, after, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["sana", "qwen"])
+@pytest.mark.parametrize("name", ["sana", "qwen", "wan"])
 def test_embeddings_take_the_place_of_a_text_encoder(start, name):
     tiny = build(name)
     given = {
@@ -108,7 +108,7 @@ def test_embeddings_take_the_place_of_a_text_encoder(start, name):
         if value is not None and not key.startswith("negative_") and key != "generator"
     }
     rows = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
-    size = {"height": given["height"], "width": given["width"]}
+    size = {key: given[key] for key in ("height", "width", "num_frames") if key in given}
     more = {"use_resolution_binning": False} if name == "sana" else {}
 
     def inputs(prompts):

@@ -200,6 +200,10 @@ def nothing(images):
     return [None] * len(images)
 
 
+def no_numbers(images):
+    return [math.nan] * len(images)
+
+
 def raising(images):
     raise RuntimeError("no server")
 
@@ -210,7 +214,12 @@ def short(images):
 
 @pytest.mark.parametrize(
     "reward, text",
-    [(nothing, "applies to none"), (raising, "no server"), (short, "one score an image")],
+    [
+        (nothing, "applies to none"),
+        (no_numbers, "NaN or infinity"),
+        (raising, "no server"),
+        (short, "one score an image"),
+    ],
 )
 def test_rewards_of_no_use_stop_the_run_and_lose_nothing(start, reward, text, caplog):
     calls = []
