@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=1, help="training runs of an image model (default: 1)")
     add("--toy-seeds", type=int, default=3, help="runs on toy data (default: 3)")
     add("--toy-steps", type=int, default=2500, help="updates on toy data (default: 2500)")
-    add("--points", type=int, default=20_000, help="samples of part d (default: 20000)")
+    add("--points", type=int, default=100_000, help="samples of part d (default: 100000)")
     add("--samples", type=int, default=1000, help="images a model is scored on (default: 1000)")
     add("--steps", type=int, default=3000, help="updates of an image model (default: 3000)")
     add("--data", default="uoft-cs/cifar10", help="CIFAR-10: a folder of parquet, or the hub name")

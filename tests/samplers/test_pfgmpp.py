@@ -472,6 +472,19 @@ def test_gaussian_churn_at_infinity_is_the_stock_one_and_heun_has_none():
         heun.step(x, heun.timesteps[0], x, s_churn=1.0)
 
 
+def test_noise_of_a_generator_on_another_device_goes_where_it_is_wanted():
+    """No generator has to live beside the sample; the same on a GPU below."""
+    generators = seeded_generators([3, 4])
+    assert student_noise(generators, (5,), 4.0, device="meta").device.type == "meta"
+    assert pfgmpp_prior(generators, (5,), 4.0, device="meta").device.type == "meta"
+    one = torch.Generator().manual_seed(3)
+    assert student_noise(one, (2, 5), 4.0, device="meta").device.type == "meta"
+    assert student_raise(
+        torch.zeros(2, 5, device="meta"), torch.zeros(2, 5, device="meta"), torch.tensor(1.0),
+        torch.tensor(2.0), 4.0, generators,
+    ).device.type == "meta"  # fmt: skip
+
+
 @pytest.mark.gpu
 def test_noise_is_drawn_where_the_generator_lives_and_goes_where_it_is_wanted():
     want = student_noise(seeded_generators([3]), (5,), 4.0)

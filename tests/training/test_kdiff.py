@@ -88,6 +88,17 @@ def test_k3_velocity_error_is_target_error_over_q(k):
     )
 
 
+def test_the_loss_is_clamped_on_both_sides():
+    """Below the floor a perfect network still has loss 0, and an error counts over the floor."""
+    clean, noise, _ = draw(2)
+    level = Level.flow(torch.tensor([0.01, 0.5], dtype=torch.float64))  # q at k = 1
+    perfect = kdiff_loss(lambda *_: clean, clean, noise, level, LABELS, k=1.0, q_floor=0.1)
+    torch.testing.assert_close(perfect.double(), torch.zeros(2).double(), rtol=0, atol=1e-9)
+    off = kdiff_loss(lambda *_: clean + 0.3, clean, noise, level, LABELS, k=1.0, q_floor=0.1)
+    want = torch.tensor([(0.3 / 0.1) ** 2, (0.3 / 0.5) ** 2])
+    torch.testing.assert_close(off.float(), want, rtol=1e-4, atol=1e-5)
+
+
 def subspace(dims, intrinsic):
     basis = torch.linalg.qr(torch.randn(dims, dims, dtype=torch.float64)).Q[:, :intrinsic]
     return basis @ basis.T
@@ -182,6 +193,10 @@ def test_k7_gradient_of_k_is_the_formula():
     rate = (-2 * x * q - ((1 - 1.4) * x + u) * (1 - 2 * t)) / q**2
     want = (2 * (towards_data.detach() - (clean - noise)) * rate).mean()
     torch.testing.assert_close(got, want)
+    # The loss that is trained, written in u: through its target and through q it is the same.
+    loss = kdiff_loss(lambda *_: u, clean, noise, level, LABELS, k=k, q_floor=0).mean()
+    (trained,) = torch.autograd.grad(loss, k)
+    torch.testing.assert_close(trained.double(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [0.2, 0.8])
