@@ -38,10 +38,10 @@ PAGE = ROOT / "docs" / "science" / "acflow.md"
 ALL = [*METHODS, "grpo"]
 SETTINGS: dict[str, Any] = {
     "tune": "full", "prompts_per_epoch": 10, "images_per_prompt": 8, "sample_steps": 8,
-    "updates_per_epoch": 1, "levels_per_sample": 2, "ramp": 1, "eval_images": 0,
+    "updates_per_epoch": 2, "levels_per_sample": 2, "ramp": 3, "eval_images": 0,
     "checkpoint_every": 3, "sample_batch": 100, "ema": 0.5, "critic_width": 16,
 }  # fmt: skip
-CRITIC = {"warmup_min": 3, "warmup_max": 3, "critic_steps": 4}
+CRITIC = {"warmup_min": 3, "warmup_max": 3, "critic_steps": 2}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/acflow"), help="folder of the runs")
     add("--budget", type=int, default=16_000, help="denoiser evaluations of a run")
-    add("--rate", type=float, default=3e-4, help="learning rate of every method")
+    add("--rate", type=float, default=1e-4, help="learning rate of every method")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     add("--methods", nargs="+", choices=ALL, default=ALL)
     add("--rewards", nargs="+", choices=list(judging.REWARDS), default=list(judging.REWARDS))
