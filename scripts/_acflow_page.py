@@ -73,14 +73,15 @@ class Run:
         return cls(reward, method, seed, read_log(folder), judged, base, folder)
 
     def columns(self, found: Mapping[str, float]) -> dict[str, float]:
-        """Scores of a judgement under the names of the columns."""
-        return {
-            "reward": found[f"reward/{self.reward}"],
-            "held-out class p": found["held_out/class"],
-            "fd-cifar ↓": found["fd-cifar"],
-            "diversity ↑": found["diversity"],
-            "W2 proxy": found["w2_proxy"],
+        """Scores of a judgement under the names of the columns; too few images have not all."""
+        names = {
+            "reward": f"reward/{self.reward}",
+            "held-out class p": "held_out/class",
+            "fd-cifar ↓": "fd-cifar",
+            "diversity ↑": "diversity",
+            "W2 proxy": "w2_proxy",
         }
+        return {column: found[name] for column, name in names.items() if name in found}
 
     def scores(self) -> dict[str, float]:
         """Everything of the table's columns, at the end."""

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "science" / "acflow.md"
 ALL = [*METHODS, "grpo"]
 SETTINGS: dict[str, Any] = {
-    "tune": "full", "prompts_per_epoch": 10, "images_per_prompt": 8, "sample_steps": 8,
+    "tune": "full", "prompts_per_epoch": 10, "images_per_prompt": 8, "sample_steps": 5,
     "updates_per_epoch": 2, "levels_per_sample": 2, "ramp": 3, "eval_images": 0,
     "checkpoint_every": 3, "sample_batch": 100, "ema": 0.5, "critic_width": 16,
 }  # fmt: skip
@@ -52,12 +52,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/acflow"), help="folder of the runs")
-    add("--budget", type=int, default=16_000, help="denoiser evaluations of a run")
+    add("--budget", type=int, default=10_000, help="denoiser evaluations of a run")
     add("--rate", type=float, default=1e-4, help="learning rate of every method")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     add("--methods", nargs="+", choices=ALL, default=ALL)
     add("--rewards", nargs="+", choices=list(judging.REWARDS), default=list(judging.REWARDS))
-    add("--samples", type=int, default=300, help="images of an evaluation")
+    add("--samples", type=int, default=250, help="images of an evaluation")
     add("--toy-seeds", type=int, default=5, help="seeds of the toy; 0: none")
     add("--page", type=Path, default=PAGE, help="where the tables go")
     add("--no-page", action="store_true", help="write no page")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from tiny_flow import tiny_pipeline
 from tiny_pipelines import build
 
 from diffsteer.pipelines import load_pipeline
+from diffsteer.training.acflow import ACFlowConfig
+from diffsteer.training.acflow.plan import check_split
 
 PACE = (
     "--epochs 2 --prompts-per-epoch 2 --images-per-prompt 2 --sample-steps 2 --eval-steps 2 "
@@ -140,12 +144,15 @@ def test_a_prompt_model_needs_a_file_that_is_good(text_model, tmp_path, capsys):
     given = ["--model", text_model, "--out", tmp_path / "run", "--reward", "brightness"]
     assert finetune(*given) == 2
     assert "give --prompts FILE" in capsys.readouterr().err
+    assert finetune(*given, "--prompts", tmp_path / "nowhere.txt") == 2
+    assert "prompts: there is no file" in capsys.readouterr().err
     for content, text in [("", "holds none"), ("a\nb\na\n", "line 3 .* repeats line 1")]:
         path = tmp_path / "prompts.txt"
         path.write_text(content)
         assert finetune(*given, "--prompts", path) == 2
         error = capsys.readouterr().err
         assert text in error or text.split(" .*")[0] in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_overwrite_begins_anew(model, tmp_path):
@@ -155,3 +162,16 @@ def test_overwrite_begins_anew(model, tmp_path):
     assert finetune(*options, "--alpha", 2) == 2
     assert finetune(*options, "--alpha", 2, "--overwrite") == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["alpha"] == 2
+
+
+def test_the_settings_of_the_page_are_settings_that_fit_eight_ranks(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "acflow.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    path = tmp_path / "run.yaml"
+    path.write_text(block)
+    options = scripts_main.load("_config_options")
+    parser = argparse.ArgumentParser()
+    options.add_config_options(parser, ACFlowConfig)
+    config = options.read_config(parser.parse_args(["--config", str(path)]), ACFlowConfig)
+    check_split(config, 8)
+    assert (config.train_cfg, config.learning_rate, config.rank) == ("both", 1e-4, 32)
