@@ -25,7 +25,19 @@ Scale = float | ScaleSchedule
 
 
 @dataclass(frozen=True)
-class LinearScale:
+class _Ramp:
+    """What all ramps have: their ends."""
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        """Refuse scales that are no numbers."""
+        check_number("start", self.start, remedy=_SCALE_REMEDY)
+        check_number("end", self.end, remedy=_SCALE_REMEDY)
+
+
+class LinearScale(_Ramp):
     """A straight line from ``start`` at the first step to ``end`` at the last.
 
     Args:
@@ -41,21 +53,12 @@ class LinearScale:
         5.0
     """
 
-    start: float
-    end: float
-
-    def __post_init__(self) -> None:
-        """Refuse scales that are no numbers."""
-        check_number("start", self.start, remedy=_SCALE_REMEDY)
-        check_number("end", self.end, remedy=_SCALE_REMEDY)
-
     def __call__(self, progress: float) -> float:
         """The guidance scale at ``progress`` in [0, 1]."""
         return self.start + (self.end - self.start) * progress
 
 
-@dataclass(frozen=True)
-class CosineScale:
+class CosineScale(_Ramp):
     """Half a cosine from ``start`` at the first step to ``end`` at the last: flat at both ends.
 
     Args:
@@ -70,14 +73,6 @@ class CosineScale:
         >>> CosineScale(1.0, 9.0)(1.0)
         9.0
     """
-
-    start: float
-    end: float
-
-    def __post_init__(self) -> None:
-        """Refuse scales that are no numbers."""
-        check_number("start", self.start, remedy=_SCALE_REMEDY)
-        check_number("end", self.end, remedy=_SCALE_REMEDY)
 
     def __call__(self, progress: float) -> float:
         """The guidance scale at ``progress`` in [0, 1]."""
