@@ -88,7 +88,9 @@ class GuidedDenoiser:
         def evaluate(at: Tensor | None, branch: Branch = "cond", **overrides: Any) -> Tensor:
             return self._evaluate(x if at is None else at, sigma, branch, **overrides)
 
-        def evaluate_weak(model: Any, branch: Branch = "cond", **overrides: Any) -> Tensor:
+        def evaluate_weak(
+            model: Any, branch: Branch = "cond", x: Tensor = x, **overrides: Any
+        ) -> Tensor:
             return self._evaluate_weak(model, x, sigma, branch, **overrides)
 
         following = self.next_sigma

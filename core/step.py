@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -124,8 +124,16 @@ class Step:
             )
         return self.evaluate(x, branch=branch, **overrides)
 
-    def weak(self, model: Any = None, branch: Branch = "cond", **overrides: Any) -> Tensor:
+    def weak(
+        self, model: Any = None, branch: Branch = "cond", x: Tensor | None = None, **overrides: Any
+    ) -> Tensor:
         """Evaluate another model on the recorded inputs (autoguidance); denoised, shape of ``x``.
+
+        Args:
+            model: called as the denoiser is called; None is the weak model of the adapter.
+            branch: which conditioning to use.
+            x: another noisy sample at the same level; None is the sample itself.
+            **overrides: inputs of the denoiser to replace, by its own argument names.
 
         Raises:
             MissingPrediction: if the adapter has no second model.
@@ -135,7 +143,35 @@ class Step:
                 "this step has no weak model; pass one, e.g. "
                 "steer(pipe, rule, weak=weak_transformer)"
             )
-        return self.evaluate_weak(model, branch=branch, **overrides)
+        at = {} if x is None else {"x": x}
+        return self.evaluate_weak(model, branch=branch, **at, **overrides)
+
+    def at(self, x: Tensor) -> Step:
+        """The same step at another sample: predictions made anew, and whatever is asked for later.
+
+        Costs an evaluation for each prediction that this step has. The sample of the solver stays
+        where it is; see ``move``.
+
+        Raises:
+            MissingPrediction: if the adapter cannot evaluate the model again.
+        """
+
+        def evaluate(other: Tensor | None, branch: Branch = "cond", **overrides: Any) -> Tensor:
+            return self.predict(x if other is None else other, branch, **overrides)
+
+        def evaluate_weak(
+            model: Any, branch: Branch = "cond", x: Tensor | None = x, **overrides: Any
+        ) -> Tensor:
+            return self.weak(model, branch, x=x, **overrides)
+
+        return replace(
+            self,
+            x=x,
+            cond=evaluate(None, "cond"),
+            uncond=None if self.uncond is None else evaluate(None, "uncond"),
+            evaluate=evaluate,
+            evaluate_weak=None if self.evaluate_weak is None else evaluate_weak,
+        )
 
     def argument(self, name: str, branch: Branch = "cond") -> Any:
         """An argument of the pipeline's own denoiser call, e.g. ``class_labels``, shape (B, ...).

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from ..core.prediction import Level
-from ..core.step import Branch, Guidance, Step, needs_uncond
+from ..core.step import Guidance, Step, needs_uncond
 from ..core.tensors import widen
 from .anderson import Anderson
 from .checks import check_choice, check_number, check_reached, check_rule
@@ -164,18 +164,7 @@ class ManifoldProjectedGuidance:
         if size is None:
             return self.rule(step)
         moved = self._iterate(step, size)
-
-        def evaluate(x: Tensor | None, branch: Branch = "cond", **overrides: Any) -> Tensor:
-            return step.predict(moved if x is None else x, branch, **overrides)
-
-        at = replace(
-            step,
-            x=moved,
-            cond=evaluate(None, "cond"),
-            uncond=evaluate(None, "uncond"),
-            evaluate=evaluate,
-        )
-        guided = self.rule(at).to(step.cond.dtype)
+        guided = self.rule(step.at(moved)).to(step.cond.dtype)
         step.move(moved)
         return guided
 

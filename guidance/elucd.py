@@ -11,13 +11,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..core.step import Branch, Guidance, Step, needs_uncond
+from ..core.step import Guidance, Step, needs_uncond
 from ..core.tensors import per_sample, sample_norm, widen
 from .checks import (
     check_choice,
@@ -271,15 +271,7 @@ class CalibratedClassifierGuidance:
             gradient = _slope(self._energy(step, images, labels.clone()), leaf)
         length = per_sample(sample_norm(gradient) / math.sqrt(x[0].numel()), x)
         moved = x + size * rms * gradient / length.clamp_min(1e-12)
-
-        def evaluate(at: Tensor | None, branch: Branch = "cond", **overrides: Any) -> Tensor:
-            return step.predict(moved if at is None else at, branch, **overrides)
-
-        uncond = None if step.uncond is None else evaluate(None, "uncond")
-        there = replace(
-            step, x=moved, cond=evaluate(None, "cond"), uncond=uncond, evaluate=evaluate
-        )
-        guided = self._base(there)
+        guided = self._base(step.at(moved))
         step.move(moved)
         return guided
 

@@ -114,9 +114,11 @@ def _make_step(seen: Predictions, space: Space | None, now: Trajectory, timestep
         raw = seen.evaluate(x, branch, **overrides)
         return raw if space is None else space.denoised(raw, x)
 
-    def evaluate_weak(model: Any, branch: str = "cond", **overrides: Any) -> Tensor:
-        raw = seen.evaluate_weak(model, branch, **overrides)
-        return raw if space is None else space.denoised(raw)
+    def evaluate_weak(
+        model: Any, branch: str = "cond", x: Tensor | None = None, **overrides: Any
+    ) -> Tensor:
+        raw = seen.evaluate_weak(model, branch, x, **overrides)
+        return raw if space is None else space.denoised(raw, x)
 
     cond, uncond = seen.cond, seen.uncond
     return Step(

@@ -102,14 +102,14 @@ class Received(Predictions):
         self._measure()
         return super().evaluate(x, branch, **overrides)
 
-    def evaluate_weak(self, model: Any, branch: str, **overrides: Any) -> Tensor:
+    def evaluate_weak(self, model: Any, branch: str, x: Any = None, **overrides: Any) -> Tensor:
         """See ``Predictions.evaluate_weak``."""
         if model is None:
             raise MissingPrediction(
                 "a guider has no weak model; give the rule one, or use steer(pipe, rule, weak=...)"
             )
         self._measure()
-        return super().evaluate_weak(model, branch, **overrides)
+        return super().evaluate_weak(model, branch, x, **overrides)
 
     def _measure(self) -> None:
         if not self.measured:

@@ -204,7 +204,7 @@ class Predictions:
             self._last = (x, _version(x), output)
         return self._pick(output, branch, self.x if x is None else x)
 
-    def evaluate_weak(self, model: Any, branch: str, **overrides: Any) -> Tensor:
+    def evaluate_weak(self, model: Any, branch: str, x: Any = None, **overrides: Any) -> Tensor:
         """Evaluate another model on the recorded inputs; shape of the sample."""
         function = self.weak if model is None else model
         if function is None:
@@ -213,9 +213,10 @@ class Predictions:
                 "weak=weak_transformer)"
             )
         call, overrides = self._call(branch, overrides)
+        sample = None if x is None else self._input(call, x)
         try:
-            output = self._replay(call, function, branch, overrides=overrides)
-            return self._pick(output, branch, self.x)
+            output = self._replay(call, function, branch, sample=sample, overrides=overrides)
+            return self._pick(output, branch, self.x if x is None else x)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, NotImplementedError) as error:

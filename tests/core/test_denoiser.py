@@ -110,6 +110,28 @@ def test_weak_models() -> None:
         guided(Spy(lambda step: step.weak()))(X, SIGMA)
 
 
+def test_the_same_step_at_another_sample() -> None:
+    """Whatever is asked of it is asked there."""
+
+    def weak(x: Tensor, sigma: Tensor, labels: object = None) -> Tensor:
+        return 0.5 * x
+
+    def look(step: Step) -> Tensor:
+        there = step.at(step.x + 1)
+        assert torch.equal(there.x, X + 1) and torch.equal(step.x, X) and step.moved is None
+        for branch, given in (("cond", LABELS), ("uncond", None)):
+            want = MIXTURE.denoise(X + 1, step.level, given)
+            assert torch.equal(getattr(there, branch), want)
+            assert torch.equal(there.predict(branch=branch), want)
+        assert torch.equal(there.weak(), (X + 1) / 2) and torch.equal(step.weak(), X / 2)
+        assert torch.equal(there.predict(X), step.cond) and torch.equal(there.weak(x=X), X / 2)
+        return there.cond
+
+    guided(Spy(look), weak=weak)(X, SIGMA)
+    alone = GuidedDenoiser(Spy(lambda step: step.at(step.x).cond), MIXTURE.denoiser())
+    assert torch.equal(alone(X, SIGMA), MIXTURE.denoise(X, Level.ve(SIGMA)))
+
+
 def test_arguments_of_the_call() -> None:
     denoise = guided(Spy(lambda step: step.cond + step.argument("labels")[:, None]))
     expected = MIXTURE.denoise(X, Level.flow(SIGMA), LABELS) + LABELS[:, None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import GaussianMixture, GuidedDenoiser, Level, MissingPrediction, Step
-from diffsteer.guidance import ClassifierFreeGuidance, ManifoldProjectedGuidance
+from diffsteer.guidance import AutoGuidance, ClassifierFreeGuidance, ManifoldProjectedGuidance
 from diffsteer.guidance.anderson import Anderson, anderson_mix
 from diffsteer.guidance.cfgmp import flow_sigma, manifold_operator
 from diffsteer.samplers import euler_step, flow_sigmas, integrate
@@ -334,6 +334,26 @@ def test_the_rule_runs_in_any_schedule_and_no_sample_looks_at_another():
     flow = [s / (1 + s) for s in grid]
     same = integrate(guided(rule, data, labels), 8 * x / 9, flow, euler_step)
     torch.testing.assert_close(same, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_a_weak_model_inside_is_asked_at_the_moved_sample():
+    data, (x, labels) = mixture(), starts(4)
+    rule = ManifoldProjectedGuidance(AutoGuidance(2.0), iterations=1, above=0.0)
+    plain = guided(rule, data, labels)
+    asked = []
+
+    def weak(y, sigma):
+        asked.append(y)
+        return y / 2
+
+    denoiser = GuidedDenoiser(rule, plain.cond, plain.uncond, level=Level.flow, weak=weak)
+    denoiser.begin_step(next_sigma=torch.tensor(0.6, dtype=DOUBLE))
+    out = denoiser(x, torch.tensor(0.8, dtype=DOUBLE))
+    moved = denoiser.moved
+    assert not torch.equal(moved, x) and len(asked) == 1
+    torch.testing.assert_close(asked[0], moved)
+    cond = data.denoise(moved, Level.flow(torch.tensor(0.8, dtype=DOUBLE)), labels)
+    torch.testing.assert_close(out, 2 * cond - moved / 2)
 
 
 def step_at(level: Level, **more) -> Step:

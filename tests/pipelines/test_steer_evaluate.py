@@ -139,6 +139,8 @@ def test_a_weak_model_sees_the_recorded_inputs(name: str, raw: bool) -> None:
         for known, branch in ((step.cond, "cond"), (step.uncond, "uncond")):
             assert torch.equal(step.weak(branch=branch), known)
             assert torch.equal(step.weak(itself, branch=branch), known)
+            other = 0.9 * step.x
+            assert torch.equal(step.weak(itself, branch, x=other), step.predict(other, branch))
         return step.cond
 
     with steer(tiny.pipe, Rule(look, raw), weak=function) as run:
