@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..core.step import Guidance, Step
+from ..core.step import Branch, Guidance, Step
 from .cfg import ClassifierFreeGuidance
 from .checks import check_rule
 from .schedule import Scale, check_scale, scale_at
@@ -86,7 +86,13 @@ class AutoGuidance:
         rule = ClassifierFreeGuidance(self.scale) if self.scale is not None else self.rule
         if rule is None:
             raise ValueError("neither scale nor rule is set")
-        pair = replace(step, uncond=step.weak(self.model))
+
+        def evaluate(x: Tensor | None, branch: Branch = "cond", **overrides: Any) -> Tensor:
+            if branch == "uncond":  # the rule moves the sample: the weak model goes with it
+                return step.weak(self.model, x=x, **overrides)
+            return step.predict(x, branch, **overrides)
+
+        pair = replace(step, uncond=step.weak(self.model), evaluate=evaluate)
         guided = rule(pair)
         step.moved = pair.moved
         return guided

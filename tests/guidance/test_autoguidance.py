@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from diffsteer.guidance import (
     ClassifierFreeGuidance,
     GuidanceInterval,
     LinearScale,
+    ManifoldProjectedGuidance,
     adaptive_projected,
     classifier_free,
 )
+from diffsteer.guidance.cfgmp import manifold_operator
 from diffsteer.samplers import heun_step, integrate, karras_sigmas
 
 DATA = GaussianMixture.random(2, shape=(4, 4), generator=torch.Generator().manual_seed(0))
@@ -66,6 +69,25 @@ def test_takes_the_projection_and_clipping_of_apg() -> None:
     expected, _ = adaptive_projected(COND(X, SIGMA), weak(X, SIGMA), 3.0, radius=0.2)
     assert torch.equal(guided(rule, weak=weak)(X, SIGMA), expected)
     assert not rule.commutes and AutoGuidance(3.0).commutes
+
+
+def test_a_rule_that_moves_the_sample_moves_to_where_both_models_agree() -> None:
+    """The weak model stands in the place of the unconditional one wherever it is asked."""
+    rule = AutoGuidance(
+        rule=ManifoldProjectedGuidance(ClassifierFreeGuidance(3.0), iterations=1, above=0.0)
+    )
+    denoise = guided(rule, weak=weak, level=Level.flow)
+    denoise.begin_step(next_sigma=torch.tensor(0.6))
+    found = denoise(X, SIGMA)
+
+    def towards(model: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: (model(x, SIGMA) - x) / SIGMA
+
+    moved = manifold_operator(towards(weak), towards(COND), X, 0.5 * (0.8 - 0.6))
+    assert denoise.moved is not None and not torch.allclose(moved, X)
+    torch.testing.assert_close(denoise.moved, moved, rtol=1e-6, atol=1e-6)
+    expected = classifier_free(COND(moved, SIGMA), weak(moved, SIGMA), 3.0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_momentum_lives_over_the_trajectory() -> None:
