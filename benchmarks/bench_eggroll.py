@@ -23,203 +23,18 @@ as a share of a generation, and the bytes that ranks send.
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from _eggroll_variants import SIGMA, Variants, call, embedded, part, sd3, variants_of
 from _probes import PeakMemory
 from torch import Tensor, nn
 
-from diffsteer import load_embedded
-from diffsteer.training.eggroll import Eggroll, NoiseFormat, find_layers, member_noise, perturbed
-
-SIGMA = 5e-3
-# SD3-medium (stabilityai/stable-diffusion-3-medium, transformer/config.json)
-SD3_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 192,
-}
-Arguments = dict[str, Any]
-
-
-@dataclass
-class Case:
-    """A network, and the arguments of a call with as many rows as asked."""
-
-    model: nn.Module
-    inputs: Callable[[int], Arguments]
-    tokens: int
-    excluded: tuple[str, ...] = ()
-
-
-def embedded(options: argparse.Namespace) -> Case:
-    model = load_embedded(device=options.device).transformer
-    nn.Module.to(model, options.dtype)
-
-    def inputs(rows: int) -> Arguments:
-        where = {"device": options.device}
-        return {
-            "hidden_states": torch.randn(rows, 3, 32, 32, dtype=options.dtype, **where),
-            "timestep": torch.linspace(50, 950, rows, **where),
-            "class_labels": torch.arange(rows, **where) % 10,
-        }
-
-    return Case(model, inputs, tokens=64)
-
-
-def sd3(options: argparse.Namespace) -> Case:
-    import diffusers
-
-    with torch.device(options.device):
-        model = diffusers.SD3Transformer2DModel(**SD3_MEDIUM, num_layers=options.layers)
-    model = model.to(options.dtype).eval().requires_grad_(False)
-    side, where = options.pixels // 8, {"device": options.device, "dtype": options.dtype}
-
-    def inputs(rows: int) -> Arguments:
-        return {
-            "hidden_states": torch.randn(rows, 16, side, side, **where),
-            "timestep": torch.linspace(50, 950, rows, device=options.device),
-            "encoder_hidden_states": torch.randn(rows, options.text_tokens, 4096, **where),
-            "pooled_projections": torch.randn(rows, 2048, **where),
-        }
-
-    # The last block drops its text stream: what only feeds that has no effect.
-    return Case(model, inputs, tokens=(side // 2) ** 2 + options.text_tokens)
-
-
-def call(model: nn.Module, arguments: Arguments, **more: Any) -> Tensor:
-    return model(**arguments, **more, return_dict=False)[0]
-
-
-def part(arguments: Arguments, rows: slice) -> Arguments:
-    return {name: value[rows] for name, value in arguments.items()}
-
-
-# -- variants: each evaluates one generation and gives the output of its last call -----------------
-
-
-class Variants:
-    """One generation of M members by K rows, in every way."""
-
-    def __init__(self, case: Case, options: argparse.Namespace) -> None:
-        self.case, self.options = case, options
-        self.members, self.rows = options.members, options.rows
-        self.arguments = case.inputs(self.members * self.rows)
-        self.layers = find_layers(case.model, exclude=case.excluded)
-        self.runner = torch.compile(case.model) if options.compile else case.model
-        self.peft: Any = None
-
-    def plain(self) -> Tensor:
-        """The network without noise."""
-        for _ in range(self.options.calls):
-            output = call(self.runner, self.arguments)
-        return output
-
-    def low_rank(self, rank: int) -> Tensor:
-        """All members in one batch."""
-        with self.noisy(list(range(self.members)), rank, self.rows):
-            return self.plain()
-
-    def sequential(self) -> Tensor:
-        """Explicit weights, member after member."""
-        outputs = []
-        for member in range(self.members):
-            mine = part(self.arguments, slice(member * self.rows, (member + 1) * self.rows))
-            with self.noisy([member], 1, self.rows, mode="materialize"):
-                for _ in range(self.options.calls):
-                    output = call(self.runner, mine)
-            outputs.append(output)
-        return torch.cat(outputs)
-
-    def vmap(self) -> Tensor:
-        """Explicit weights of all members at once."""
-        model = self.case.model
-        weights = {}
-        for layer in self.layers.values():
-            deltas = [self.delta(layer, member) for member in range(self.members)]
-            base = layer.module.weight
-            weights[f"{layer.name}.weight"] = torch.stack([(base + d).to(base) for d in deltas])
-        rows = {
-            name: value.view(self.members, self.rows, *value.shape[1:])
-            for name, value in self.arguments.items()
-        }
-
-        def one(changed: dict[str, Tensor], arguments: Arguments) -> Tensor:
-            output = torch.func.functional_call(
-                model, changed, (), {**arguments, "return_dict": False}
-            )
-            return output[0]
-
-        for _ in range(self.options.calls):
-            output = torch.func.vmap(one)(weights, rows)
-        return output.flatten(0, 1)
-
-    def mixed_adapters(self) -> Tensor:
-        """A LoRA adapter a member in one batch."""
-        if self.peft is None:
-            self.peft = self.make_adapters()
-        names = [f"member{m}" for m in range(self.members) for _ in range(self.rows)]
-        for _ in range(self.options.calls):
-            output = call(self.peft, self.arguments, adapter_names=names)
-        return output
-
-    def make_adapters(self) -> nn.Module:
-        """A copy of the network with an adapter a member."""
-        from peft import LoraConfig, get_peft_model
-
-        linear = [n for n, layer in self.layers.items() if isinstance(layer.module, nn.Linear)]
-        config = LoraConfig(r=1, lora_alpha=1, target_modules=linear, init_lora_weights=False)
-        model = get_peft_model(copy.deepcopy(self.case.model), config, adapter_name="member0")
-        for member in range(1, self.members):
-            model.add_adapter(f"member{member}", config)
-        return model.to(self.options.dtype).eval()
-
-    def delta(self, layer: Any, member: int) -> Tensor:
-        """The explicit perturbation of a weight."""
-        noise = NoiseFormat(0)
-        pair, sign = noise.source(member)
-        a, b = member_noise(noise, layer, pair, 0, device=layer.module.weight.device)
-        return (sign * SIGMA * a @ b.T).view(layer.module.weight.shape)
-
-    @contextmanager
-    def noisy(self, members: Sequence[int], rank: int, rows: int, mode: str = "lowrank") -> Any:
-        """Members of the first generation."""
-        with perturbed(
-            self.runner,
-            members,
-            noise=NoiseFormat(0, rank=rank),
-            step=0,
-            sigma=SIGMA,
-            rows_per_member=rows,
-            layers=self.layers,
-            mode=mode,
-        ):
-            yield
-
-
-def variants_of(v: Variants, names: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
-    every: dict[str, Callable[[], Tensor]] = {"plain": v.plain}
-    for rank in v.options.ranks:
-        every[f"low-rank, rank {rank}"] = lambda rank=rank: v.low_rank(rank)
-    every |= {"sequential": v.sequential, "vmap": v.vmap, "peft": v.mixed_adapters}
-    return {name: run for name, run in every.items() if name.split(",")[0] in names}
-
-
-# -- measuring -------------------------------------------------------------------------------------
+from diffsteer.training.eggroll import Eggroll
 
 
 def clocked(run: Callable[[], Any], options: argparse.Namespace) -> float:
@@ -293,60 +108,70 @@ def peak(run: Callable[[], Any], options: argparse.Namespace, known: Sequence[Te
 
 
 def memory_and_update(v: Variants, options: argparse.Namespace, generation: float) -> None:
-    model, population = v.case.model, options.population
-    weights = list(model.parameters())
-    held = sum(w.numel() * w.element_size() for w in weights)
-    known = [*weights, *v.arguments.values()]
-    plain = peak(lambda: call(model, v.arguments), options, known)
-
-    def forward() -> None:
-        with v.noisy(list(range(v.members)), 1, v.rows):
-            call(model, v.arguments)
-
-    noisy = peak(forward, options, known)
-    es = Eggroll(
-        model,
-        sigma=SIGMA,
-        population_size=population,
-        member_batch_size=v.members,
-        exclude=v.case.excluded,
-    )
-    state = [*es.offsets.parameters.values(), *es.offsets.base.values()]
-    kept = sum(t.numel() * t.element_size() for t in state)
-
-    def fitness(network: nn.Module, count: int) -> Tensor:
-        rows = call(network, part(v.arguments, slice(0, count * v.rows)))
-        return rows.float().view(count, -1).mean(1)
-
-    whole = peak(lambda: es.step(fitness), options, [*known, *state])
+    population = max(options.populations)
+    report_memory(v, options)
+    es = evolution(v, population)
     scores = torch.randn(population)
-    times = [clocked(lambda: es.tell(scores), options) for _ in range(3)]
-    update = statistics.median(times)
+    update = statistics.median(clocked(lambda: es.tell(scores), options) for _ in range(3))
     sampling = generation * population / v.members * options.network_calls / options.calls
-    print(f"| memory, population {population}, batches of {v.members} x {v.rows} | MB | ratio |")
-    print("|---|---|---|")
-    first = held + plain
-    for name, size in (
-        ("weights and a plain forward pass", first),
-        ("weights and a pass with noise", held + noisy),
-        (
-            "a whole generation: the same, float32 offsets, first weights, update",
-            held + kept + whole,
-        ),
-    ):
-        print(f"| {name} | {size / 1e6:.1f} | {size / first:.3f} |")
     stored = 4 * population * sum(w.rows + w.columns for w in v.layers.values())
     print(f"\nnoise kept between passes: 0 bytes (as float32 factors: {stored / 1e6:.1f} MB)")
     print(
         f"an update: {update:.3f} s, {100 * update / (update + sampling):.2f} % of a generation of "
         f"{population} members x {v.rows} rows x {options.network_calls} network calls"
     )
-    prompts = options.prompts
+    prompts, held = options.prompts, bytes_of(v.case.model.parameters())
     print(
         f"bytes that {population} members with {prompts} prompts put on the network a step: "
-        f"{4 * population * prompts} as scores, {population // 2 + 4} as one byte a pair; "
+        f"{4 * population * prompts} as scores, {population // 2 + 8} as one byte a pair; "
         f"the weights are {held}"
     )
+
+
+def evolution(v: Variants, population: int) -> Eggroll:
+    return Eggroll(
+        v.case.model,
+        sigma=SIGMA,
+        population_size=population,
+        member_batch_size=v.members,
+        exclude=v.case.excluded,
+        offload=True,
+    )
+
+
+def report_memory(v: Variants, options: argparse.Namespace) -> None:
+    """What the device holds: weights, and the most that a pass or a whole generation adds."""
+    model, held = v.case.model, bytes_of(v.case.model.parameters())
+    known = [*model.parameters(), *v.arguments.values()]
+    first = held + peak(lambda: call(model, v.arguments), options, known)
+
+    def forward() -> None:
+        with v.noisy(list(range(v.members)), 1, v.rows):
+            call(model, v.arguments)
+
+    def fitness(network: nn.Module, count: int) -> Tensor:
+        rows = call(network, part(v.arguments, slice(0, count * v.rows)))
+        return rows.float().view(count, -1).mean(1)
+
+    sizes = {"weights and a plain pass": first}
+    sizes["weights and a pass with noise"] = held + peak(forward, options, known)
+    for population in options.populations:
+        es = evolution(v, population)
+        state = [*es.offsets.parameters.values(), *es.offsets.base.values()]
+        whole = peak(lambda es=es: es.step(fitness), options, [*known, *state])
+        sizes[f"a generation of {population}, update included"] = held + whole
+    print(f"| memory, batches of {v.members} x {v.rows} rows | MB | ratio |")
+    print("|---|---|---|")
+    for name, size in sizes.items():
+        print(f"| {name} | {size / 1e6:.1f} | {size / first:.3f} |")
+    print(
+        f"\nfloat32 offsets and first weights: {bytes_of(state) / 1e6:.1f} MB, with offload=True "
+        "in main memory and not counted above"
+    )
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def main() -> None:
@@ -383,7 +208,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=4, help="of the network in a timed generation")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--population", type=int, default=256, help="for memory and the update")
+    parser.add_argument(
+        "--populations",
+        type=int,
+        nargs="+",
+        default=[16, 256],
+        help="for memory; the largest for the update",
+    )
     parser.add_argument("--network-calls", type=int, default=20, help="a sample, for the share")
     parser.add_argument("--prompts", type=int, default=4, help="for the bytes on the network")
     parser.add_argument("--layers", type=int, default=24, help="of the sd3 transformer")

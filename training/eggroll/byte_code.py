@@ -12,7 +12,7 @@ import struct
 import torch
 from torch import Tensor
 
-__all__ = ["decode_differences", "encode_differences", "shape_differences"]
+__all__ = ["decode_differences", "encode_differences", "shape_differences", "spread_of"]
 
 STEPS_PER_E = 16  # 16 codes for each factor of e: an error of 3.2 % at most
 LEVELS = 127
@@ -55,22 +55,42 @@ def decode_differences(message: bytes) -> Tensor:
     return values.masked_fill(codes == MISSING, float("nan"))
 
 
-def shape_differences(differences: Tensor) -> tuple[Tensor, int, float]:
+def spread_of(table: Tensor) -> float:
+    """The mean square of the scores of some pairs about the mean of each prompt.
+
+    What `shape_fitness` divides by the root of, seen from these pairs alone. With a single pair its
+    own mean is all that is known, and counts as none.
+
+    Args:
+        table: (2P, Q), NaN where there is no score.
+    """
+    pairs = table.double().view(-1, 2, table.shape[1])
+    half, middle = (pairs[:, 0] - pairs[:, 1]) / 2, pairs.mean(1)
+    known = half.isfinite()
+    if not bool(known.any()):
+        return 0.0
+    seen = known.sum(0)
+    centred = middle - middle.where(known, 0.0).sum(0) / seen.clamp(min=1)
+    # The mean is the pairs' own: of P squares about it, P - 1 count.
+    squares = half.square() + centred.square() * seen / (seen - 1).clamp(min=1)
+    return float(squares.where(known, 0.0).sum() / known.sum())
+
+
+def shape_differences(differences: Tensor, spread: float) -> tuple[Tensor, int, float]:
     """Weights of the members from the differences of pairs alone.
 
     The z-score of `shape_fitness` without its centring, which cancels in a pair: half of the
-    difference to either side, divided by the deviation of scores that the differences imply,
-    ``rms / sqrt(2)``.
+    difference to either side, divided by the deviation.
 
     Args:
-        differences: (P,), NaN where there is none.
+        differences: (P,), of the mean over prompts; NaN where there is none.
+        spread: the square of the deviation, see ``spread_of``.
 
     Returns:
-        Weights (2P,) float64, the number of members with a score, and the implied deviation.
+        Weights (2P,) float64, the number of members with a score, and the deviation.
     """
     known = differences.isfinite()
-    count = int(known.sum())
     values = differences.where(known, 0.0).double()
-    deviation = math.sqrt(float(values.square().sum()) / (2 * count)) if count else 0.0
+    deviation = math.sqrt(spread) if bool(values.any()) else 0.0
     half = values / (2 * deviation) if deviation > 0 else torch.zeros_like(values)
-    return torch.stack([half, -half], 1).flatten(), 2 * count, deviation
+    return torch.stack([half, -half], 1).flatten(), 2 * int(known.sum()), deviation

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .byte_code import decode_differences, encode_differences, shape_differences
+from .byte_code import decode_differences, encode_differences, shape_differences, spread_of
 from .config import EggrollConfig
 from .noise import BASELINE
 from .shaping import Shaped, shape_fitness
 
 __all__ = ["Messages"]
+
+SPREAD = "<f"  # before the differences of one rank: the mean square of its scores
+SPREAD_SIZE = struct.calcsize(SPREAD)
 
 
 class Messages:
@@ -41,7 +46,7 @@ class Messages:
         """The scores of a rank's members, (members, prompts), NaN where there is none."""
         if self.config.wire == "scores":
             return table.to(torch.float32).contiguous().numpy().tobytes()
-        return encode_differences(_differences(table))
+        return struct.pack(SPREAD, spread_of(table)) + encode_differences(_differences(table))
 
     def shaped(self, bodies: Sequence[bytes], columns: int) -> tuple[Shaped, Tensor]:
         """The weights of all members, and their mean scores, (N,), NaN where they are not known.
@@ -55,7 +60,7 @@ class Messages:
         """
         config = self.config
         if config.wire == "byte":
-            values, count, deviation = shape_differences(self._pairs(bodies))
+            values, count, deviation = shape_differences(*self._pairs(bodies))
             return Shaped(values, count, deviation), torch.full(
                 (config.population_size,), torch.nan
             )
@@ -77,15 +82,27 @@ class Messages:
         )
         return found, table.nanmean(1)
 
-    def _pairs(self, bodies: Sequence[bytes]) -> Tensor:
+    def _pairs(self, bodies: Sequence[bytes]) -> tuple[Tensor, float]:
+        """The differences of all pairs, NaN where there is none, and the mean square of scores."""
         pairs = torch.full((self.config.population_size // 2,), float("nan"), dtype=torch.float64)
+        squares, seen = 0.0, 0
         for rank, body in enumerate(bodies):
             members = self.members(rank)
-            if members and len(body) == 4 + len(members) // 2:
-                pairs[[member // 2 for member in members[::2]]] = decode_differences(body)
-        return pairs
+            if not members or len(body) != SPREAD_SIZE + 4 + len(members) // 2:
+                continue
+            (spread,) = struct.unpack(SPREAD, body[:SPREAD_SIZE])
+            found = decode_differences(body[SPREAD_SIZE:])
+            known = int(found.isfinite().sum())
+            if math.isfinite(spread) and known:
+                pairs[[member // 2 for member in members[::2]]] = found
+                squares, seen = squares + known * spread, seen + known
+        return pairs, squares / max(1, seen)
 
 
 def _differences(table: Tensor) -> Tensor:
-    """Mean over prompts of the difference in each pair, (P,), NaN where no prompt has both."""
-    return (table[0::2].double() - table[1::2].double()).nanmean(1)
+    """Mean over prompts of the difference in each pair, (P,), NaN where no prompt has both.
+
+    A prompt without both scores counts as zero, as in `shape_fitness`.
+    """
+    found = table[0::2].double() - table[1::2].double()
+    return (found.nansum(1) / table.shape[1]).where(found.isfinite().any(1), float("nan"))

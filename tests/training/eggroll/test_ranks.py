@@ -22,6 +22,7 @@ from diffsteer.training.eggroll.byte_code import (
     decode_differences,
     encode_differences,
     shape_differences,
+    spread_of,
 )
 from diffsteer.training.eggroll.messages import Messages
 from diffsteer.training.eggroll.shaping import shape_fitness
@@ -60,13 +61,32 @@ def test_differences_alone_give_the_weights_that_scores_give() -> None:
     """Of pairs without a common part of their own, up to the estimate of the deviation."""
     scores = torch.randn(4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = shape_fitness(scores)
-    values, count, deviation = shape_differences(scores[0::2] - scores[1::2])
+    spread = spread_of(scores[:, None])
+    values, count, deviation = shape_differences(scores[0::2] - scores[1::2], spread)
     assert count == wanted.count == 4000
-    assert deviation == pytest.approx(wanted.deviation, rel=0.05)
+    assert deviation == pytest.approx(wanted.deviation, rel=1e-3)
     mine, theirs = values[0::2] - values[1::2], wanted.values[0::2] - wanted.values[1::2]
     torch.testing.assert_close(mine * deviation, theirs * wanted.deviation)
-    nothing = shape_differences(torch.tensor([NAN, NAN]))
+    nothing = shape_differences(torch.tensor([NAN, NAN]), 0.0)
     assert nothing[1] == 0 and nothing[0].tolist() == [0, 0, 0, 0]
+    assert shape_differences(torch.zeros(2), 1.0)[0].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_one_byte_a_pair_makes_the_step_that_scores_make(ranks: int) -> None:
+    """Also where prompts differ in level and members in more than their pair's difference."""
+    source = torch.Generator().manual_seed(6)
+    scores = torch.randn(64, 3, generator=source) + torch.tensor([0.0, 50.0, -7.0])
+    scores += 2 * torch.randn(32, 1, generator=source).repeat_interleave(2, 0)
+    scores[5, 1] = NAN
+    steps = []
+    for wire in ("scores", "byte"):
+        messages = Messages(small_config(population_size=64, wire=wire), ranks, 8)
+        bodies = [messages.encode(scores[messages.members(rank)]) for rank in range(ranks)]
+        values = messages.shaped(bodies, 3)[0].values
+        steps.append(values[0::2] - values[1::2])
+    assert float(torch.cosine_similarity(*steps, dim=0)) > 0.999
+    assert float(steps[1].norm() / steps[0].norm()) == pytest.approx(1, rel=0.05)
 
 
 # -- who does what -------------------------------------------------------------------------------
@@ -85,7 +105,7 @@ def test_every_member_has_one_rank_and_tables_come_out_whole(ranks: int, wire: s
         assert shaped.values.equal(shape_fitness(scores).values)
         torch.testing.assert_close(means, scores.mean(1))
     else:
-        exact = shape_differences((scores[0::2] - scores[1::2]).double().mean(1))[0]
+        exact = shape_differences((scores[0::2] - scores[1::2]).double().mean(1), 1.0)[0]
         assert float(torch.cosine_similarity(shaped.values, exact, dim=0)) > 0.999
 
 
@@ -147,7 +167,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 def test_one_byte_a_pair_keeps_ranks_together(tmp_path: Path) -> None:
     runs = run_ranks(tmp_path, 2, wire="byte", prompts_per_step=3, population_size=16)
     assert hash_of(runs[0]) == hash_of(runs[1])
-    assert log_lines(tmp_path)[0]["bytes"] == [8 + 2 * (9 + 4 + 4), 9 + 4 + 4]
+    assert log_lines(tmp_path)[0]["bytes"] == [8 + 2 * (9 + 8 + 4), 9 + 8 + 4]
 
 
 def test_a_rank_with_other_weights_is_healed(tmp_path: Path) -> None:
