@@ -53,11 +53,10 @@ def read_config(
         if name.startswith(PREFIX)
     }
     known = {item.name: type(item.default) for item in fields(config)}
-    for name, value in {**from_file, **given}.items():
+    for name in (*from_file, *given):
         if name not in known:
             raise ValueError(f"{name} is no setting here; the settings are {', '.join(known)}")
-        if name in from_file:
-            from_file[name] = _as(known[name], value, name)
+    from_file = {name: _as(known[name], value, name) for name, value in from_file.items()}
     return config(**{**(defaults or {}), **from_file, **given})
 
 

@@ -10,7 +10,9 @@ The page docs/science/acflow.md is written from what is there (--page FILE; --no
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--toy-seeds", type=int, default=5, help="seeds of the toy; 0: none")
     add("--page", type=Path, default=PAGE, help="where the tables go")
     add("--no-page", action="store_true", help="write no page")
+    add("--page-only", action="store_true", help="write it from what is finished, run nothing")
     add("--device", help="default: the accelerator if there is one")
     add("--traceback", action="store_true", help="show where an error comes from")
     return parser
@@ -81,12 +84,13 @@ def config_of(method: str, args: argparse.Namespace, seed: int) -> ACFlowConfig:
     return kind(**{**settings, **changes, "epochs": max(epochs, warm + 1)})
 
 
-def make_trainer(method: str, reward: str, seed: int, args: argparse.Namespace) -> ACFlowTrainer:
-    """The run in its folder, as far as it is."""
+def make_trainer(
+    method: str, reward: str, seed: int, args: argparse.Namespace, out: Path
+) -> ACFlowTrainer:
+    """The run in ``out``, as far as it is."""
     pipe = load_embedded(device=args.device or _cli.default_device())
     kind = GRPOTrainer if method == "grpo" else ACFlowTrainer
     rewards = RewardSet({reward: judging.REWARDS[reward]()})
-    out = folder_of(method, reward, seed, args)
     return kind(config_of(method, args, seed), pipe, class_prompts(pipe), rewards, out)
 
 
@@ -95,27 +99,42 @@ def folder_of(method: str, reward: str, seed: int, args: argparse.Namespace) -> 
     return out
 
 
-def run_method(method: str, reward: str, seed: int, args: argparse.Namespace) -> None:
-    """One run and its judgement, unless they are there."""
+def finished(method: str, reward: str, seed: int, args: argparse.Namespace) -> bool:
+    """Whether a run is there to its end, and judged."""
     out = folder_of(method, reward, seed, args)
-    how = {"samples": args.samples, "steps": SETTINGS["sample_steps"]}
-    config, lines = config_of(method, args, seed), read_log(out)
-    done = bool(lines) and lines[-1]["epoch"] >= config.epochs
-    if done and judging.judged(out, **how) and judging.judged(args.out / "base", **how):
-        return
-    trainer = make_trainer(method, reward, seed, args)
-    if not judging.judged(args.out / "base", **how) and trainer.progress.epoch == 0:
-        judging.judge(trainer, args.out / "base", **how)
+    lines = read_log(out)
+    if not lines or lines[-1]["epoch"] < config_of(method, args, seed).epochs:
+        return False
+    return judging.judged(out, **how(args)) is not None
+
+
+def how(args: argparse.Namespace) -> dict[str, int]:
+    """How runs are judged."""
+    return {"samples": args.samples, "steps": SETTINGS["sample_steps"]}
+
+
+def run_method(method: str, reward: str, seed: int, args: argparse.Namespace) -> None:
+    """One run and its judgement, as far as they are missing."""
+    out = folder_of(method, reward, seed, args)
+    trainer = make_trainer(method, reward, seed, args, out)
     if not trainer.run():
         raise KeyboardInterrupt
-    judging.judge(trainer, out, **how)
+    judging.judge(trainer, out, **how(args))
+
+
+def judge_base(args: argparse.Namespace) -> None:
+    """The untouched model, judged as the runs are."""
+    if not judging.judged(args.out / "base", **how(args)):
+        with tempfile.TemporaryDirectory() as aside:
+            trainer = make_trainer("orw", args.rewards[0], 0, args, Path(aside))
+            judging.judge(trainer, args.out / "base", **how(args))
 
 
 def run_toys(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The toy's table; kept in a file, one row a method and seed."""
     path = args.out / "toy.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    for seed in range(args.toy_seeds):
+    for seed in range(0 if args.page_only else args.toy_seeds):
         missing = [
             row
             for row in toy.toys()
@@ -135,14 +154,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     runs = []
-    for seed in args.seeds:
-        for reward in args.rewards:
-            for method in args.methods:
-                run_method(method, reward, seed, args)
-                out = folder_of(method, reward, seed, args)
-                runs.append(page.Run.read(reward, method, seed, out))
+    judge_base(args)
+    for seed, reward, method in itertools.product(args.seeds, args.rewards, args.methods):
+        what = (method, reward, seed, args)
+        if not args.page_only and not finished(*what):
+            run_method(*what)
+        if finished(*what):
+            runs.append(page.Run.read(reward, method, seed, folder_of(*what)))
     toys = run_toys(args) if args.toy_seeds else []
     if not args.no_page:
+        if not runs:
+            raise ValueError(f"--page-only: no run is finished in {args.out}")
         page.write(args.page, runs, toys, page.Setting.of(args, SETTINGS, torch.get_num_threads()))
         print(f"wrote {args.page}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import scripts_main
@@ -41,7 +42,7 @@ def test_a_small_study_is_judged_written_and_not_made_again(study, tmp_path):
     options += ["--rewards", "jpeg", "--seeds", 0, "--page", page, "--methods", *METHODS]
     assert scripts_main.run("reproduce_acflow", *options) == 0
     folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert folders == ["base", *(f"jpeg-{method}-seed0" for method in METHODS)]
+    assert folders == ["base", *sorted(f"jpeg-{method}-seed0" for method in METHODS)]
     found = {f: json.loads((tmp_path / "runs" / f / "judged.json").read_text()) for f in folders}
     proxies = {name: row["scores"]["w2_proxy"] for name, row in found.items()}
     assert proxies["base"] == 0 and all(v > 0 for n, v in proxies.items() if n != "base")
@@ -61,10 +62,9 @@ def test_a_small_study_is_judged_written_and_not_made_again(study, tmp_path):
 def test_the_toy_finds_what_theory_says(monkeypatch):
     """A much shorter run: weights of the value alone gain nothing, those of the reward do."""
     toy = scripts_main.load("_acflow_toy")
-    monkeypatch.setattr(toy, "ROUNDS", 10)
-    monkeypatch.setattr(toy, "WARM_UP", 2)
-    rows = {(row.name, row.alpha): row for row in toy.toys()}
-    base = toy.base_model(0, updates=600)
+    monkeypatch.setattr(toy, "ROUNDS", 7)
+    rows = {(row.name, row.alpha): replace(row, warm_up=1) for row in toy.toys()}
+    base = toy.base_model(0, updates=300)
     names = [("base model", 0.0), ("exp(tau V)", 1.0), ("exp(tau z), ORW", 1.0)]
     found = [toy.run_toy(rows[name], base, 0)["reward"] for name in names]
-    assert abs(found[1] - found[0]) < 0.04 < 0.07 < found[2] - found[0]
+    assert abs(found[1] - found[0]) < 0.04 < 0.06 < found[2] - found[0]
