@@ -134,18 +134,23 @@ def main() -> None:
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     torch.set_num_threads(args.threads)
     device = args.device
-    head = ("solver", "diffusers ms", "diffsteer ms", "share", "converted", "on the GPU")
+    head = ("solver", "diffusers ms", "diffsteer ms", "share", "converted", "pass ms", "beyond it",
+            "on the GPU")  # fmt: skip
     print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n")
     generator = torch.Generator(device).manual_seed(0)
     output, x = (torch.randn(SHAPE, generator=generator, device=device) for _ in range(2))
+
+    def passes() -> None:
+        for _ in range(STEPS):
+            torch.add(x, output, alpha=0.5)
+
     for name, calls in rivals(output, x).items():
-        found = [1000 * s / STEPS for s in medians([*calls], args.rounds, device, clock)]
-        theirs, ours, converted = found
-        print(
-            f"| {name} | {theirs:.3f} | {ours:.3f} | {ours / theirs:.2f} "
-            f"| {converted / theirs:.2f} | {waits(calls[2], device)} |",
-            flush=True,
-        )
+        found = [1000 * s / STEPS for s in medians([*calls, passes], args.rounds, device, clock)]
+        theirs, ours, converted, least = found
+        shares = (ours / theirs, converted / theirs, (ours - least) / (theirs - least))
+        share, whole, beyond = (f"{value:.2f}" for value in shares)
+        cells = (f"{theirs:.3f}", f"{ours:.3f}", share, whole, f"{least:.3f}", beyond)
+        print(f"| {name} | {' | '.join(cells)} | {waits(calls[2], device)} |", flush=True)
     print("\n| noise | Gaussian ms | Student-t ms | ratio |", "|---|---|---|---|", sep="\n")
     for name, shape in NOISES.items():
         generator = torch.Generator(device).manual_seed(0)

@@ -82,6 +82,7 @@ def integrate(
     grid = check_sigmas(sigmas)
     if x.dtype != torch.float64:
         grid = grid.float()
+    levels = grid.unbind()
     if begin := getattr(denoise, "begin", None):
         begin(count=len(grid) - 1)
     begin_step = getattr(denoise, "begin_step", None)
@@ -89,8 +90,8 @@ def integrate(
     samples = [x]
     for i in _bar(len(grid) - 1, progress):
         if begin_step:
-            begin_step(i, grid[i + 1])
-        x = step(denoise, x, grid[i], grid[i + 1], memory)
+            begin_step(i, levels[i + 1])
+        x = step(denoise, x, levels[i], levels[i + 1], memory)
         if trajectory:
             samples.append(x)
     return samples if trajectory else x
