@@ -286,14 +286,14 @@ def run(scheduler, steps, x, augment_dim, sigmas=None):
         scheduler.set_timesteps(steps)
     else:
         scheduler.set_timesteps(sigmas=sigmas)
-    calls = 0
+    path = []
     for t in scheduler.timesteps:
         scheduler.scale_model_input(x, t)
         sigma = scheduler.sigmas[scheduler.step_index]
         denoised = student_denoise(x, ATOMS.float(), sigma, augment_dim)
         x = scheduler.step(raw_output(scheduler, x, sigma, denoised), t, x).prev_sample
-        calls += 1
-    return x, calls
+        path.append(x)
+    return x, path
 
 
 BOTH = pytest.mark.parametrize(
@@ -308,9 +308,9 @@ def test_schedulers_take_levels_of_ones_own(cls, step, sigmas):
     scheduler.set_timesteps(sigmas=sigmas)
     assert scheduler.init_noise_sigma == float(sigmas[0])
     x = scheduler.init_noise_sigma * scheduler.prior_latents(seeded_generators(range(8)), (2,))
-    out, calls = run(scheduler, None, x, 4.0, sigmas)
+    out, path = run(scheduler, None, x, 4.0, sigmas)
     grid = [float(s) for s in sigmas if s > 0] + [0.0]
-    assert calls == (len(grid) - 1 if step is euler_step else 2 * len(grid) - 3)
+    assert len(path) == (len(grid) - 1 if step is euler_step else 2 * len(grid) - 3)
     want = integrate(lambda at, s: student_denoise(at, ATOMS.float(), s, 4.0), x, grid, step)
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
     scheduler.set_timesteps(3)
@@ -333,8 +333,8 @@ def test_schedulers_run_in_one_and_two_steps(cls, step, steps):
 def test_schedulers_take_the_steps_of_the_samplers(augment_dim, cls, step):
     scheduler = cls(augment_dim=augment_dim)
     x = scheduler.init_noise_sigma * scheduler.prior_latents(seeded_generators(range(8)), (2,))
-    out, calls = run(scheduler, 18, x, scheduler.augment_dim)
-    assert calls == (35 if step is heun_step else 18)
+    out, path = run(scheduler, 18, x, scheduler.augment_dim)
+    assert len(path) == (35 if step is heun_step else 18)
     want = integrate(
         lambda at, s: student_denoise(at, ATOMS.float(), s, scheduler.augment_dim),
         x,
@@ -350,9 +350,15 @@ def test_gaussian_limit_is_diffusers_edm_euler():
     from diffusers import EDMEulerScheduler
 
     x = 80 * torch.randn(6, 2)
-    ours, _ = run(PFGMPPEulerScheduler(), 12, x, INF)
-    theirs, _ = run(EDMEulerScheduler(), 12, x, INF)
-    assert torch.equal(ours, theirs)
+    _, ours = run(PFGMPPEulerScheduler(), 12, x, INF)
+    _, theirs = run(EDMEulerScheduler(), 12, x, INF)
+    assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs) == 12
+    sampled = integrate(
+        lambda at, s: student_denoise(at, ATOMS.float(), s, INF), x, karras_sigmas(12), euler_step,
+        trajectory=True,
+    )  # fmt: skip
+    for here, there in zip(sampled[1:], theirs, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [8, 20])
@@ -363,12 +369,13 @@ def test_multistep_solver_is_diffusers_edm_dpm(steps):
     # Our solver keeps its order until the last step, which arrives at 0.
     scheduler = EDMDPMSolverMultistepScheduler(lower_order_final=False)
     x = 80 * torch.randn(6, 2)
-    theirs, _ = run(scheduler, steps, x, INF)
-    ours = integrate(
+    _, theirs = run(scheduler, steps, x, INF)
+    _, *ours = integrate(
         lambda at, s: student_denoise(at, ATOMS.float(), s, INF), x, karras_sigmas(steps),
-        dpmpp_2m_step,
+        dpmpp_2m_step, trajectory=True,
     )  # fmt: skip
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for here, there in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
