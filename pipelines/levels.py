@@ -9,7 +9,8 @@ consumes. Schedulers say it in five ways:
 - Euler, Heun, LMS, KDPM2: ``alphas_cumprod`` and ``sigmas``; ``x = clean + s * noise``, any kind.
 - Flow matching: class name ``FlowMatch...``; ``x = (1 - s) * clean + s * noise``, the velocity.
 
-A scheduler of your own joins by a method ``noise_level(timestep) -> (Kind, Level)``.
+A scheduler of your own joins by a method ``noise_level(timestep) -> (Kind, Level)``; one of these
+that takes another prediction (``samplers.kdiff_schedulers``) by an attribute ``raw_kind``.
 """
 
 from __future__ import annotations

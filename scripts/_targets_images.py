@@ -127,19 +127,23 @@ def kdiff_part(study: Study, points: Points, seeds: int) -> str:
     real, rows = found.pop("real")["scores"], []
     for k in KS:
         runs, beside = ([found[f"k-{at}-{seed}"] for seed in range(seeds)] for at in (k, "0.5"))
-        ends = [[c[1] for c in r["curve"][-10:]] for r in runs]
-        gaps = [_fd(r) - _fd(other) for r, other in zip(runs, beside, strict=True)]
-        rows.append([
-            k, interval((r["target"]["k"] for r in runs), 3),
-            interval(sum(end) / len(end) for end in ends), interval(map(_fd, runs), 1),
-            interval(gaps, 1), *(f(runs) for f in (_fd_guided, _accuracy)),
-        ])  # fmt: skip
+        row = [k, interval((r["target"]["k"] for r in runs), 3)]
+        for value, digits in ((_loss, 4), (_fd, 1)):
+            gaps = [value(r) - value(other) for r, other in zip(runs, beside, strict=True)]
+            row += [interval(map(value, runs), digits), interval(gaps, digits)]
+        rows.append([*row, _fd_guided(runs), _accuracy(runs)])
     plot_curves(found, points.folder / "curves.png")
     strips = {f"k = {k}" if k[0].isdigit() else k: points.folder / f"k-{k}-0.png" for k in KS}
     plot_strips(strips, points.folder / "samples.png")
-    head = ["k", "k at the end", "velocity loss", "fd-cifar ↓", "fd minus that of k = 0.5, paired",
-            "fd, guided", "class accuracy, guided ↑"]  # fmt: skip
+    head = ["k", "k at the end", "velocity loss", "minus that of k = 0.5", "fd-cifar ↓",
+            "minus that of k = 0.5", "fd, guided", "class accuracy, guided ↑"]  # fmt: skip
     return f"{table(head, rows)}\n\n{_floor(real)}\n\n{_track(found, seeds)}"
+
+
+def _loss(point: Point) -> float:
+    """Over the last ten lines of the curve."""
+    end = [line[1] for line in point["curve"][-10:]]
+    return sum(end) / len(end)
 
 
 def _fd(point: Point) -> float:
