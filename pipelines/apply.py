@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.step import Guidance, MissingPrediction, Step
+from ..core.step import Guidance, MissingPrediction, Step, needs_uncond
 from ..core.tensors import widen
 from .labels import known_classes
 from .observe import normal, plain
@@ -74,7 +74,7 @@ def apply_rule(
     try:
         guided = _checked(rule, rule(step), step)
     except MissingPrediction as error:
-        if seen.uncond is not None:
+        if seen.uncond is not None or not needs_uncond(rule):
             raise
         if now.had_uncond:  # guidance was turned off in mid-run: the pipeline's own output stands
             return Applied(output, guided=False)

@@ -104,8 +104,8 @@ class ImageFolder:
                 f"out: the folder {self.path} is not empty and holds no run.json of this program; "
                 "choose another folder, or empty it"
             )
-        if earlier is not None and overwrite:
-            self._remove(earlier)
+        if earlier is not None and (overwrite or not self._holds_any(earlier)):
+            self._remove(earlier)  # a run that failed before its first image is in nobody's way
             earlier = None
         if earlier is not None:
             self._check_same(earlier, config, requests)
@@ -185,6 +185,9 @@ class ImageFolder:
                     f"{image['file']}, which is not asked for now; ask for all of its images "
                     f"(more is fine), {remedy}"
                 )
+
+    def _holds_any(self, earlier: dict[str, Any]) -> bool:
+        return any((self.path / image["file"]).exists() for image in earlier["images"])
 
     def _remove(self, earlier: dict[str, Any]) -> None:
         """Remove what the earlier run made, and nothing else."""

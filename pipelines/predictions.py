@@ -210,7 +210,7 @@ class Predictions:
         if function is None:
             raise MissingPrediction(
                 "this step has no weak model; pass one, e.g. steer(pipe, rule, "
-                "weak=weak_transformer)"
+                "weak=weak_transformer), or --weak to a script"
             )
         call, overrides = self._call(branch, overrides)
         sample = None if x is None else self._input(call, x)

@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any
 
 import torch
+from _device import device_name as device_name
 from _run import run as run
 
 from diffsteer.core import Guidance
@@ -232,7 +233,8 @@ def _options(choices: dict[str, type]) -> dict[str, list[str]]:
 
 def _defaults(choices: dict[str, type], owners: list[str], name: str) -> str:
     values = {m: next(f.default for f in fields(choices[m]) if f.name == name) for m in owners}
-    shown = (f"{m}: {'required' if v is MISSING else v}" for m, v in values.items())
+    words = {MISSING: "required", None: "none"}  # as they are written on a command line
+    shown = (f"{m}: {words.get(v, v)}" for m, v in values.items())
     return ", ".join(shown)
 
 

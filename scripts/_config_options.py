@@ -28,12 +28,13 @@ def add_config_options(parser: argparse.ArgumentParser, *configs: type) -> None:
         options: dict[str, Any] = {
             "dest": PREFIX + item.name,
             "default": argparse.SUPPRESS,
-            "help": f"{item.metadata['help']} (default: {item.default})".replace("%", "%%"),
+            "help": f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%"),
         }
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
             choices = item.metadata["choices"] or None
+            options["metavar"] = None if choices else item.name.upper()
             group.add_argument(flag, type=kind, choices=choices, **options)
 
 
@@ -70,3 +71,7 @@ def _as(kind: type, value: Any, name: str) -> Any:
         return kind(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config: {name} must be a {kind.__name__}, got {value!r}") from error
+
+
+def _shown(value: Any) -> Any:
+    return "none" if value == "" else value

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
-from accelerate import PartialState
-from diffusers.utils import logging
 from torch import distributed
 
 USER_ERRORS = (
-    *(ValueError, TypeError, OSError, NotImplementedError),
+    *(ValueError, TypeError, OSError, NotImplementedError, ImportError),
     *(FloatingPointError, torch.OutOfMemoryError),
 )
 
@@ -49,12 +47,18 @@ def _part(*, in_peace: bool) -> None:
     """
     if distributed.is_available() and distributed.is_initialized():
         if in_peace:
+            from accelerate import PartialState  # loaded already: it made the group
+
             PartialState().wait_for_everyone()
         distributed.destroy_process_group()
 
 
 def _hush() -> None:
     """No bars of loaders in log files."""
+    if "diffusers" not in sys.modules:  # a script without pipelines: nothing to hush
+        return
+    from diffusers.utils import logging
+
     logging.disable_progress_bar()
     if find_spec("transformers"):
         from transformers.utils.logging import disable_progress_bar

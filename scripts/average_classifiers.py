@@ -1,12 +1,17 @@
-"""Average the weights (and the views) of trainings of one classifier, and report the result."""
+"""Average the weights (and the views) of trainings of one classifier, and report the result.
+
+python scripts/average_classifiers.py runs/first runs/second --mirrored --out runs/mean
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from _run import run
 
 from diffsteer import __version__
 from diffsteer.eval.classifiers import CifarClassifier
@@ -22,30 +27,34 @@ def record(folder: Path) -> object:
     return json.loads(file.read_text()) if file.exists() else str(folder.name)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", type=Path, nargs="+", help="results of train_classifier.py")
-    parser.add_argument("--shares", type=float, nargs="*", help="one a folder; equal ones if left")
-    parser.add_argument("--data", default="uoft-cs/cifar10", help="parquet or image folder, or hub")
-    parser.add_argument("--mirrored", action="store_true", help="average over mirror images too")
-    parser.add_argument("--images", type=int, default=10_000, help="that set the statistics")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the result")
-    args = parser.parse_args()
-    try:
-        if (args.out / RESULT_FILE).exists():
-            raise FileExistsError(f"{args.out} holds a finished run; choose another folder")
-        parts = [CifarClassifier.from_pretrained(folder) for folder in args.folders]
-        network = average_classifiers(parts, args.shares, mirrored=args.mirrored or None)
-        train = load_images(args.data, split="train")
-        test = load_images(args.data, split="test")
-        if len(parts) > 1:  # the mean of one network is itself, and so are its statistics
-            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-            measure_statistics(network, train.pixels[order[: args.images]])
-        network.save_pretrained(args.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"average_classifiers: {error}") from error
+    add = parser.add_argument
+    add("folders", type=Path, nargs="+", help="results of train_classifier.py")
+    add("--shares", type=float, nargs="*", help="one a folder (default: equal ones)")
+    add("--data", default="uoft-cs/cifar10",
+        help="parquet or image folder, or hub dataset (default: %(default)s)")  # fmt: skip
+    add("--mirrored", action="store_true", help="average over mirror images too")
+    add("--images", type=int, default=10_000, help="that set the statistics (default: 10000)")
+    add("--out", type=Path, required=True, help="folder for the result")
+    add("--traceback", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if (args.out / RESULT_FILE).exists():
+        raise FileExistsError(f"{args.out} holds a finished run; choose another folder")
+    parts = [CifarClassifier.from_pretrained(folder) for folder in args.folders]
+    network = average_classifiers(parts, args.shares, mirrored=args.mirrored or None)
+    train = load_images(args.data, split="train")
+    test = load_images(args.data, split="test")
+    if len(parts) > 1:  # the mean of one network is itself, and so are its statistics
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        measure_statistics(network, train.pixels[order[: args.images]])
+    network.save_pretrained(args.out)
     stored = CifarClassifier.from_pretrained(args.out)
     result = {
         "id": stored.id,
@@ -62,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

@@ -1,16 +1,22 @@
-"""Compare the two embedded classifiers on labelled images: accuracy, calibration, agreement."""
+"""Compare the two embedded classifiers on labelled images: accuracy, calibration, agreement.
+
+python scripts/compare_classifiers.py --data my/photos
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _run import run
 from torch import Tensor
 
 from diffsteer.eval.classifiers import CifarClassifier, load_classifier
+from diffsteer.eval.report import write_text
 from diffsteer.training.classifier import classification_report, predict
 from diffsteer.training.data import LabelledImages, load_images
 
@@ -54,25 +60,30 @@ def table(rows: list[dict[str, Any]], ids: tuple[str, str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="uoft-cs/cifar10", help="parquet or image folder, or hub")
-    parser.add_argument("--split", default="test", help="split to compare on")
-    parser.add_argument("--noise", type=float, nargs="*", default=[0.0, 0.05, 0.1], help="levels")
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--data", default="uoft-cs/cifar10",
+        help="parquet or image folder, or hub dataset (default: %(default)s)")  # fmt: skip
+    add("--split", default="test", help="split to compare on (default: test)")
+    add("--noise", type=float, nargs="*", default=[0.0, 0.05, 0.1],
+        help="deviations, pixels being in [0, 1] (default: 0 0.05 0.1)")  # fmt: skip
+    add("--out", type=Path, help="JSON file for the numbers")
+    add("--traceback", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    data = load_images(args.data, split=args.split)
     guidance, evaluation = load_classifier("guidance"), load_classifier("evaluation")
-    try:
-        data = load_images(args.data, split=args.split)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"compare_classifiers: {error}") from error
     rows = compare(guidance, evaluation, data, args.noise)
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=2) + "\n")
     print(table(rows, (guidance.id, evaluation.id)))
+    if args.out:
+        write_text(args.out, json.dumps(rows, indent=2) + "\n", overwrite=True)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

@@ -49,7 +49,11 @@ def parser() -> argparse.ArgumentParser:
     add("--num", type=int, default=120, help="images of each setting that are scored (120)")
     add("--steps", type=int, default=20, help="solver steps (20)")
     add("--batch-size", type=int, default=50, help="images a call (50)")
-    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    add(
+        "--device",
+        type=_cli.device_name,
+        help="cpu, cuda, ... (default: the accelerator if there is one)",
+    )
     add("--traceback", action="store_true", help="show where an error comes from")
     return parser
 

@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from _device import device_name
+
 from diffsteer.eval.cache import FeatureCache
 from diffsteer.eval.images import open_images
 from diffsteer.eval.labels import find_labels
@@ -42,6 +44,9 @@ def main(arguments: list[str]) -> int:
     command = commands.get(arguments[0]) if arguments else None
     try:
         return command(arguments[1:]) if command else run_evaluate(arguments)
+    except KeyboardInterrupt:
+        print("stopped; no result was written", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
@@ -194,7 +199,12 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of that subset (default: %(default)s)")
     add("--batch-size", type=int, default=256, help="images decoded at once; changes no result")
     add("--workers", type=int, default=4, help="decoding threads (default: %(default)s)")
-    add("--device", default="cpu", help="the networks run on (default: %(default)s)")
+    add(
+        "--device",
+        type=device_name,
+        default="cpu",
+        help="the networks run on (default: %(default)s)",
+    )
     add("--on-error", choices=["fail", "skip"], default="fail", help="unreadable images")
     add("--alpha", choices=["white", "error"], default="white", help="transparent images")
 

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="embedded", help="embedded, a pipeline folder, or a hub id")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base weights")
-    add("--device", help="default: the accelerator if there is one")
+    add("--device", type=_cli.device_name, help="default: the accelerator if there is one")
     add("--method", default="acflow", choices=[*METHODS, "grpo"], help="sets other defaults")
     more: dict[str, Any] = {"nargs": "+", "metavar": "REWARD[:OPTION=VALUE][@WEIGHT]"}
     add("--reward", required=True, **more, help="what to raise; also package.module:function")

@@ -52,7 +52,11 @@ def parser() -> argparse.ArgumentParser:
     add("--call", type=json.loads, default={}, help="JSON of further arguments of the pipeline")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16, but float32 on the CPU")
-    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    add(
+        "--device",
+        type=_cli.device_name,
+        help="cpu, cuda, ... (default: the accelerator if there is one)",
+    )
     add("--threads", type=int, help="CPU threads of each process")
     add(
         "--allow-change",

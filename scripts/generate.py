@@ -63,7 +63,11 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     add("--call", action="append", default=[], metavar="NAME=JSON", help="further call arguments")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16, but float32 on the CPU")
-    add("--device", help="cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one)")
+    add(
+        "--device",
+        type=_cli.device_name,
+        help="cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one)",
+    )
     add("--traceback", action="store_true", help="show where an error comes from")
 
 

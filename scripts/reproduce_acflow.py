@@ -53,18 +53,19 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/acflow"), help="folder of the runs")
-    add("--budget", type=int, default=10_000, help="denoiser evaluations of a run")
-    add("--rate", type=float, default=1e-4, help="learning rate of every method")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
-    add("--methods", nargs="+", choices=ALL, default=ALL)
-    add("--rewards", nargs="+", choices=list(judging.REWARDS), default=list(judging.REWARDS))
-    add("--samples", type=int, default=250, help="images of an evaluation")
-    add("--toy-seeds", type=int, default=5, help="seeds of the toy; 0: none")
+    add("--out", type=Path, default=Path("runs/acflow"), help="folder of the runs (runs/acflow)")
+    add("--budget", type=int, default=10_000, help="denoiser evaluations of a run (16000)")
+    add("--rate", type=float, default=1e-4, help="learning rate of every method (3e-4)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (0 1 2)")
+    kinds = list(judging.REWARDS)
+    add("--methods", nargs="+", choices=ALL, default=ALL, help="default: all")
+    add("--rewards", nargs="+", choices=kinds, default=kinds, help="default: all")
+    add("--samples", type=int, default=250, help="images of an evaluation (300)")
+    add("--toy-seeds", type=int, default=5, help="seeds of the toy; 0: none (5)")
     add("--page", type=Path, default=PAGE, help="where the tables go")
     add("--no-page", action="store_true", help="write no page")
     add("--page-only", action="store_true", help="write it from what is finished, run nothing")
-    add("--device", help="default: the accelerator if there is one")
+    add("--device", type=_cli.device_name, help="default: the accelerator if there is one")
     add("--traceback", action="store_true", help="show where an error comes from")
     return parser
 

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--points", type=int, default=8, help="points of a curve (8)")
     add("--judged", type=int, default=400, help="images that a result is judged on (400)")
     add("--judged-steps", type=int, default=10, help="their solver steps (10)")
-    add("--device", default="cpu", help="default: cpu")
+    add("--device", type=_cli.device_name, default="cpu", help="default: cpu")
     add("--only", nargs="+", metavar="TASK", help="run only these tasks (and those that were run)")
     add("--no-judge", action="store_true", help="train only")
     add("--list", action="store_true", help="print the names of the tasks")

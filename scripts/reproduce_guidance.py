@@ -19,6 +19,7 @@ import _cli
 import _science_page
 import _science_plots
 import torch
+from _science_coarse import CoarseDistance
 from _science_points import PARTS, Tools, cfg_points, one_view, points_of
 from _science_trace import gaps, honesty, pushes
 
@@ -57,12 +58,16 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=250, help="images a call (default: 250)")
     add("--traced", type=int, default=50, help="images whose trajectories are watched (50)")
     add("--halves", type=int, default=200, help="half-samples for the errors (default: 200)")
-    add("--real", help="real images, to say what their colours are: a folder or parquet file")
+    add("--real", help="real images, for their colours and coarse pixels: a folder or parquet file")
     add("--page", type=Path, help="rewrite the results of this page (docs/science/guidance.md)")
     add("--plots", type=Path, help="put plots here (default: OUT)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16, but float32 on the CPU")
-    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    add(
+        "--device",
+        type=_cli.device_name,
+        help="cpu, cuda, ... (default: the accelerator if there is one)",
+    )
     add("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
@@ -82,13 +87,14 @@ def chosen(args: argparse.Namespace, tools: Tools) -> list[SweepPoint]:
 
 def estimates(
     results: Sequence[PointResult], requests: Sequence[ImageRequest], sets: int, halves: int,
-    suite: EvalSuite, cache: FeatureCache,
+    suite: EvalSuite, cache: FeatureCache, real: str | None = None,
 ) -> Scores:  # fmt: skip
     """Scores with errors: each set of seeds by itself, then the mean over the sets."""
     extractor = suite.extractors[0]
     statistics, _ = statistics_for(extractor, None)
     sampling = HalfSampling(statistics.gaussian(), statistics.features, halves=halves)
     cuts = torch.arange(len(requests)).split(len(requests) // sets)
+    coarse = None if real is None else CoarseDistance(real, halves)
     found: Scores = {}
     for result in results:
         features = ordered(result.folder, requests, suite, cache)
@@ -96,6 +102,8 @@ def estimates(
         found[result.point.name] = {
             name: mean_of([part[name] for part in parts]) for name in parts[0]
         }
+        if coarse is not None:
+            found[result.point.name]["coarse"] = coarse(result.folder, requests, cuts)
     return found
 
 
@@ -146,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     if args.points:
         return
-    scores = estimates(results, requests, args.seeds, args.halves, suite, cache)
+    scores = estimates(results, requests, args.seeds, args.halves, suite, cache, args.real)
     study = _science_page.Study(
         args.samples, args.seeds, args.steps, tuple(args.parts), results, scores,
         pushes(pipe, shown, points, weak, args.out) if "a" in args.parts else {},

@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     add("--allow-change", **more, help="settings that may differ from the run's: steps ...")
     for item in fields(TrainConfig):
         flag, kind = "--" + item.name.replace("_", "-"), type(item.default)
-        text = {"help": f"{item.metadata['help']} (default: {item.default})"}
+        shown = "none" if item.default == "" else item.default
+        text = {"help": f"{item.metadata['help']} (default: {shown})"}
         if kind is bool:
             add(flag, action=argparse.BooleanOptionalAction, default=item.default, **text)
         else:

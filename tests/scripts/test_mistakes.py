@@ -1,0 +1,88 @@
+"""Mistakes that every script shares: help, devices, missing libraries, runs that never began."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import scripts_main
+from tiny_flow import tiny_pipeline
+
+SCRIPTS = sorted(
+    path.stem for path in scripts_main.SCRIPTS.glob("*.py") if not path.stem.startswith("_")
+)
+REQUIRED = {
+    "average_classifiers": ("folder", "--out", "x"),
+    "calibrate": ("--out", "x"),
+    "finetune_acflow": ("--out", "x", "--reward", "jpeg"),
+    "finetune_eggroll": ("--out", "x"),
+    "generate": ("--out", "x"),
+    "sweep": ("--out", "x"),
+    "train_classifier": ("--out", "x"),
+}
+
+
+def parser_of(name: str):
+    module = scripts_main.load(name)
+    return module.evaluate_parser() if name == "evaluate" else module.parser()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_says_what_the_script_does_and_every_option(name):
+    text = parser_of(name).format_help()
+    assert f"scripts/{name}.py" in text  # a command to copy
+    assert "SETTING_" not in text and "(default: )" not in text and "None" not in text
+    actions = [action for action in parser_of(name)._actions if action.option_strings]
+    assert [action.option_strings[0] for action in actions if not action.help] == []
+
+
+@pytest.mark.parametrize("name", [n for n in SCRIPTS if "--device" in parser_of(n).format_help()])
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(name, device, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parser_of(name).parse_args([*REQUIRED.get(name, ()), "--device", device])
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "argument --device" in last and device in last and "cpu" in last
+
+
+def test_a_missing_library_is_one_line(capsys):
+    def main(argv):
+        raise ImportError("this needs timm; pip install diffsteer[classifiers]")
+
+    assert scripts_main.load("_run").run(main, []) == 2
+    assert capsys.readouterr().err == "error: this needs timm; pip install diffsteer[classifiers]\n"
+
+
+def test_a_run_that_never_made_an_image_is_in_nobodys_way(tmp_path, capsys):
+    tiny_pipeline("denoised").save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    common = ("--model", tmp_path / "model", "--num", 2, "--steps", 2, "--out", out)
+    method = ("--guidance", "autoguidance", "--device", "cpu")
+    assert scripts_main.run("generate", *common, *method) == 2
+    message = capsys.readouterr().err
+    assert "--weak" in message and "negative=" not in message
+    assert scripts_main.run("generate", *common, "--device", "cpu") == 0
+    assert json.loads((out / "run.json").read_text())["config"]["guidance"] is None
+    assert scripts_main.run("generate", *common, "--device", "cpu", "--guidance", "cfg") == 2
+    assert "another configuration" in capsys.readouterr().err  # now there are images to lose
+
+
+@pytest.mark.parametrize("name", ["average_classifiers", "compare_classifiers", "train_classifier"])
+def test_data_that_is_not_there_is_one_line(name, tmp_path, capsys):
+    more = {"average_classifiers": (tmp_path / "first",)}.get(name, ())
+    code = scripts_main.run(name, *more, "--data", tmp_path / "nowhere", "--out", tmp_path / "x")
+    assert code == 2
+    assert re.fullmatch(r"error: .*(nowhere|first).*\n", capsys.readouterr().err)
+    assert not (tmp_path / "x").exists()
+
+
+def test_ctrl_c_leaves_evaluate_quietly(tmp_path, monkeypatch, capsys):
+    module = scripts_main.load("evaluate")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "make_suite", stop)
+    assert module.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "stopped; no result was written\n"
