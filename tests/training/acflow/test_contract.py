@@ -24,7 +24,7 @@ def test_passes_of_an_update_make_the_step_of_one(start):
     mine, theirs = (run.learner.policy.state_dict() for run in (one, four))
     for name, value in mine.items():
         assert (value - theirs[name]).abs().mean() < 1e-4, name
-    for name in ("flow_loss", "effective_share", "weight_max"):
+    for name in ("flow_loss", "effective_share", "weight_max", "gradient_norm"):
         found = [read_log(run.out)[-1][name] for run in (one, four)]
         assert found[0] == pytest.approx(found[1], rel=1e-3)
 

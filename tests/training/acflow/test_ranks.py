@@ -21,7 +21,10 @@ COMMON = {
     "updates_per_epoch": 2, "epochs": 3, "eval_images": 6, "eval_steps": 2, "weight_decay": 0.0,
     "checkpoint_every": 1,
 }  # fmt: skip
-SAME = ("reward/bright", "critic_loss", "flow_loss", "effective_share", "weight_max", "evaluations")
+SAME = (
+    "reward/bright", "critic_loss", "flow_loss", "effective_share", "weight_max", "gradient_norm",
+    "evaluations",
+)  # fmt: skip
 
 
 @pytest.mark.slow
