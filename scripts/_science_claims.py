@@ -38,6 +38,7 @@ def against(study: Study, first: str, second: str, score: str) -> Estimate:
 FORMS = {
     "fd": (DOWN, 1, 1.0, "fd falls"), "accuracy": (UP, 1, 100.0, "accuracy rises (points)"),
     "recall": (UP, 3, 1.0, "recall rises"), "saturation": (DOWN, 3, 1.0, "saturation falls"),
+    "coarse": (DOWN, 2, 1.0, "the distance in coarse pixels falls"),
 }  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def claim(study: Study, text: str, first: str, second: str, *scores: str) -> lis
     if not {first, second} <= set(study.scores):
         return []
     lines = []
-    for score in scores:
+    for score in (name for name in scores if name in study.scores[first]):
         wanted, digits, factor, words = FORMS[score]
         change = against(study, first, second, score)
         lines.append(verdict(f"{text}: {words}", change, wanted, digits, factor))
@@ -80,6 +81,8 @@ def apg(study: Study) -> list[str]:
             continue
         ours = study.scores[f"apg-{scale}"]
         for score, (wanted, digits, factor, words) in FORMS.items():
+            if score not in ours:
+                continue
             text = f"the push of APG {scale}: {words}"
             matched.append(verdict(text, ours[score] - cfg[score], wanted, digits, factor))
     return ["APG minus CFG at the same scale:", "\n".join(same), "APG minus CFG at the same "
@@ -126,12 +129,13 @@ def elucd(study: Study) -> list[str]:
     full, cfg = f"elucd-{ABLATED_AT:g}", best(study, ("CFG",))
     ours = best(study, ("EluCD",))
     lines = [
-        *claim(study, f"{full} against no guidance", full, "none", "fd", "accuracy"),
+        *claim(study, f"{full} against no guidance", full, "none", "fd", "accuracy", "coarse"),
         *claim(study, f"{full} against plain classifier guidance of the same scale", full,
                f"plain-{ABLATED_AT:g}", "fd", "accuracy"),
         *claim(study, f"the best EluCD ({ours}) against the best CFG ({cfg})", ours, cfg,
-               "fd", "accuracy", "recall"),
-        *claim(study, "on top of CFG 2, against CFG 2", "cfg2-elucd", "cfg-2", "fd", "accuracy"),
+               "fd", "accuracy", "recall", "coarse"),
+        *claim(study, "on top of CFG 2, against CFG 2", "cfg2-elucd", "cfg-2", "fd", "accuracy",
+               "coarse"),
     ]  # fmt: skip
     for found in study.results:
         if found.point.family.startswith("EluCD, "):
@@ -200,7 +204,7 @@ def composed(study: Study) -> list[str]:
         for place, name in enumerate(order[:6], 1)
     )
     text = f"the lowest of all ({order[0]}) against the lowest of CFG ({cfg})"
-    lines = claim(study, text, order[0], cfg, "fd", "accuracy", "recall")
+    lines = claim(study, text, order[0], cfg, "fd", "accuracy", "recall", "coarse")
     return ["The lowest distances of all points:", first, "\n".join(lines)]
 
 

@@ -18,7 +18,7 @@ COLUMNS = {
     "fd": ("fd ↓", 1, 1), "accuracy": ("accuracy ↑ %", 100, 1), "precision": ("precision ↑", 1, 3),
     "recall": ("recall ↑", 1, 3), "diversity": ("diversity ↑", 1, 3),
     "saturation": ("saturation", 1, 3), "contrast": ("contrast", 1, 3),
-    "clipped": ("clipped %", 100, 1),
+    "clipped": ("clipped %", 100, 1), "coarse": ("coarse fd ↓", 1, 2),
 }  # fmt: skip
 
 
@@ -93,7 +93,8 @@ def rewrite(page: Path, text: str) -> None:
 
 def table(study: Study, names: Sequence[str], titles: dict[str, str] | None = None) -> str:
     """One row a point: price, and every score with the half-width of its 95 % interval."""
-    heads = ["", "steps", "NFE", *(title for title, _, _ in COLUMNS.values())]
+    shown = {key: form for key, form in COLUMNS.items() if key in study.scores[names[0]]}
+    heads = ["", "steps", "NFE", *(title for title, _, _ in shown.values())]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name in names:
         found, scores = study.point(name), study.scores[name]
@@ -102,9 +103,7 @@ def table(study: Study, names: Sequence[str], titles: dict[str, str] | None = No
             str(found.point.steps),
             str(found.cost.nfe),
         ]
-        cells += [
-            _cell(scores[key], factor, digits) for key, (_, factor, digits) in COLUMNS.items()
-        ]
+        cells += [_cell(scores[key], factor, digits) for key, (_, factor, digits) in shown.items()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from diffsteer.pipelines import SweepPoint
 points = scripts_main.load("_science_points")
 claims = scripts_main.load("_science_claims")
 page = scripts_main.load("_science_page")
+coarse = scripts_main.load("_science_coarse")
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,13 @@ def test_bad_input_is_one_line(capsys, tmp_path):
     ):
         assert scripts_main.run("reproduce_guidance", "--out", tmp_path / "x", *arguments) == 2
         assert text in capsys.readouterr().err
+
+
+def test_coarse_pixels_know_colours_and_not_details():
+    checkers = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    checkers[:, ::2, ::2] = checkers[:, 1::2, 1::2] = 255
+    flat = torch.full((3, 32, 32), 127, dtype=torch.uint8)
+    pixels = coarse.coarse_pixels([checkers, flat])
+    assert pixels.shape == (2, 3 * 8 * 8)
+    torch.testing.assert_close(pixels[0], torch.full((192,), 0.5).double())
+    torch.testing.assert_close(pixels[1], torch.full((192,), 127 / 255).double())
