@@ -22,6 +22,7 @@ END = "<!-- up to here -->"
 NAMES = {
     "acflow": "AC-Flow", "orw": "ORW-CFM-W2", "reward-weighted": "reward-weighted (alpha 0)",
     "advantage-matching": "advantage matching (signed)", "grpo": "Flow-GRPO",
+    "control": "control (all weights 1)",
 }  # fmt: skip
 COLUMNS = {
     "reward": 4, "held-out class p": 3, "fd-cifar ↓": 1, "diversity ↑": 3, "W2 proxy": 4,
@@ -219,6 +220,8 @@ def draw(runs: Sequence[Run], path: Path) -> bool:
     for axis, reward in zip(axes, rewards, strict=True):
         for run in (run for run in runs if run.reward == reward):
             lines = [line for line in run.lines if f"reward/{reward}" in line]
+            if not lines:  # the control of another reward
+                continue
             x, y = zip(*((n["evaluations"], n[f"reward/{reward}"]) for n in lines), strict=True)
             label = NAMES[run.method] if run.seed == runs[0].seed else None
             axis.plot(x, y, label=label, color=f"C{list(NAMES).index(run.method)}", alpha=0.8)

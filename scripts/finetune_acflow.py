@@ -41,9 +41,10 @@ from diffsteer.training.rewards import load_rewards
 
 # What suits the small model inside the package on two cores; the fields' defaults are for others.
 EMBEDDED = {
-    "tune": "full", "learning_rate": 2e-4, "epochs": 40, "prompts_per_epoch": 10,
-    "images_per_prompt": 16, "sample_batch": 80, "updates_per_epoch": 2, "warmup_min": 4,
-    "warmup_max": 6, "ramp": 2, "eval_every": 20, "eval_images": 200, "critic_width": 16,
+    "tune": "full", "learning_rate": 1e-4, "epochs": 30, "prompts_per_epoch": 10,
+    "images_per_prompt": 16, "sample_batch": 80, "sample_steps": 20, "updates_per_epoch": 2,
+    "warmup_min": 3, "warmup_max": 5, "ramp": 2, "eval_every": 15, "eval_images": 200,
+    "critic_width": 16,
 }  # fmt: skip
 
 

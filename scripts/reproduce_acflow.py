@@ -37,7 +37,9 @@ from diffsteer.training.rewards import RewardSet
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "science" / "acflow.md"
-ALL = [*METHODS, "grpo"]
+# What training on one's own samples does without any reward: all weights are 1.
+CONTROL = {**METHODS["orw"], "tau": 1e-9}
+ALL = [*METHODS, "grpo", "control"]
 SETTINGS: dict[str, Any] = {
     "tune": "full", "prompts_per_epoch": 10, "images_per_prompt": 8, "sample_steps": 5,
     "updates_per_epoch": 2, "levels_per_sample": 2, "ramp": 3, "eval_images": 0,
@@ -75,8 +77,8 @@ def config_of(method: str, args: argparse.Namespace, seed: int) -> ACFlowConfig:
     settings = {**SETTINGS, "learning_rate": args.rate, "seed": seed}
     samples = settings["prompts_per_epoch"] * settings["images_per_prompt"]
     sampling = samples * settings["sample_steps"]
-    changes = {"acflow": CRITIC, "grpo": {"warmup_min": 0, "warmup_max": 0}}.get(method)
-    changes = METHODS[method] if changes is None else changes
+    grpo = {"warmup_min": 0, "warmup_max": 0}
+    changes = {**METHODS, "acflow": CRITIC, "grpo": grpo, "control": CONTROL}[method]
     passes = 1 if changes.get("alpha", 1.0) == 0 else 2
     training = samples * settings["levels_per_sample"] * passes
     warm = CRITIC["warmup_max"] if method == "acflow" else 0
@@ -91,12 +93,15 @@ def make_trainer(
     """The run in ``out``, as far as it is."""
     pipe = load_embedded(device=args.device or _cli.default_device())
     kind = GRPOTrainer if method == "grpo" else ACFlowTrainer
-    rewards = RewardSet({reward: judging.REWARDS[reward]()})
+    name = "jpeg" if method == "control" else reward
+    rewards = RewardSet({name: judging.REWARDS[name]()})
     return kind(config_of(method, args, seed), pipe, class_prompts(pipe), rewards, out)
 
 
 def folder_of(method: str, reward: str, seed: int, args: argparse.Namespace) -> Path:
-    out: Path = args.out / f"{reward}-{method}-seed{seed}"
+    """Where a run is; the control is the same for every reward."""
+    name = method if method == "control" else f"{reward}-{method}"
+    out: Path = args.out / f"{name}-seed{seed}"
     return out
 
 

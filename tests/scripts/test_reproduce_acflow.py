@@ -12,7 +12,7 @@ TINY = {
     "prompts_per_epoch": 2, "images_per_prompt": 2, "sample_steps": 3, "sample_batch": 4,
     "critic_width": 4,
 }  # fmt: skip
-METHODS = ("acflow", "reward-weighted", "grpo")
+METHODS = ("acflow", "control", "grpo")
 
 
 @pytest.fixture
@@ -42,15 +42,15 @@ def test_a_small_study_is_judged_written_and_not_made_again(study, tmp_path):
     options += ["--rewards", "jpeg", "--seeds", 0, "--page", page, "--methods", *METHODS]
     assert scripts_main.run("reproduce_acflow", *options) == 0
     folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert folders == ["base", *sorted(f"jpeg-{method}-seed0" for method in METHODS)]
+    assert folders == ["base", "control-seed0", "jpeg-acflow-seed0", "jpeg-grpo-seed0"]
     found = {f: json.loads((tmp_path / "runs" / f / "judged.json").read_text()) for f in folders}
     proxies = {name: row["scores"]["w2_proxy"] for name, row in found.items()}
     assert proxies["base"] == 0 and all(v > 0 for n, v in proxies.items() if n != "base")
     text = page.read_text()
     assert text.startswith("# Kept") and text.endswith("kept too\n") and "old" not in text
-    for name in ("base model", "AC-Flow", "reward-weighted", "Flow-GRPO"):
+    for name in ("base model", "AC-Flow", "control", "Flow-GRPO"):
         assert f"| {name}" in text
-    assert "--methods acflow reward-weighted grpo" in text and "--rewards jpeg" in text
+    assert "--methods acflow control grpo" in text and "--rewards jpeg" in text
     pictures = sorted(path.name for path in (tmp_path / "docs" / "images").iterdir())
     assert pictures == ["acflow_curves.png", "acflow_jpeg.png"]
     times = {f: (tmp_path / "runs" / f / "judged.json").stat().st_mtime_ns for f in folders}
