@@ -201,15 +201,6 @@ def pfgmpp_part(study: Study, points: Points, seeds: int) -> str:
 
     names = [f"D-{dim}-{seed}" for seed in range(seeds) for dim in DIMS]
     found = {p["name"]: p for p in points.fill(names, make, "D")}
-    cases = ["alpha 0", *(f"alpha {a}" for a in ALPHAS), f"alpha {ALPHAS[-1]}, told",
-             *(f"{b} bits" for b in BITS)]  # fmt: skip
-    size, rows, drifts = 3 * study.config.resolution**2, [], []
-    for dim in DIMS:
-        runs = [found[f"D-{dim}-{seed}"] for seed in range(seeds)]
-        cells = [interval((r["cases"][c]["fd-cifar"] for r in runs), 1) for c in cases]
-        rows.append([dim, *cells, _fd_guided(runs), _accuracy(runs)])
-        drift = [log_drift(size, float(dim), alpha) for alpha in ALPHAS]
-        drifts.append([dim, f"{log_spread(size, float(dim)):.4f}", *(f"{d:.1f}" for d in drift)])
     plot_robustness(found, ALPHAS, BITS, points.folder / "robustness.png")
     strips = {
         f"D = {dim}\n{text}": points.folder / f"D-{dim}-0{tail}.png"
@@ -217,6 +208,20 @@ def pfgmpp_part(study: Study, points: Points, seeds: int) -> str:
         for tail, text in (("", "as it is"), ("-noise", f"alpha {ALPHAS[-1]}"))
     }
     plot_strips(strips, points.folder / "samples.png")
+    return _robustness(found, seeds, 3 * study.config.resolution**2)
+
+
+def _robustness(found: dict[str, Point], seeds: int, size: int) -> str:
+    """Distances with noise and coarse weights, and how far the noise drifts from training's."""
+    cases = ["alpha 0", *(f"alpha {a}" for a in ALPHAS), f"alpha {ALPHAS[-1]}, told",
+             *(f"{b} bits" for b in BITS)]  # fmt: skip
+    rows, drifts = [], []
+    for dim in DIMS:
+        runs = [found[f"D-{dim}-{seed}"] for seed in range(seeds)]
+        cells = [interval((r["cases"][c]["fd-cifar"] for r in runs), 1) for c in cases]
+        rows.append([dim, *cells, _fd_guided(runs), _accuracy(runs)])
+        drift = [log_drift(size, float(dim), alpha) for alpha in ALPHAS]
+        drifts.append([dim, f"{log_spread(size, float(dim)):.4f}", *(f"{d:.1f}" for d in drift)])
     head = ["D", *(f"fd, {c}" for c in cases), "fd, guided", "class accuracy, guided"]
     says = ["D", "std(log R)", *(f"drift of log R at alpha {a}, in std(log R)" for a in ALPHAS)]
     return f"{table(head, rows)}\n\n{table(says, drifts)}"
