@@ -155,7 +155,11 @@ class Kind:
         return cls("kdiff", float(k))
 
     def mix(self, level: Level, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair (a, b) of ``output = a * clean + b * noise``, broadcast over ``like``."""
+        """The pair (a, b) of ``output = a * clean + b * noise``, broadcast over ``like``.
+
+        Raises:
+            ValueError: for ``Kind.INTERPOLANT`` at a level without rates.
+        """
         alpha, sigma = level.over(like)
         if self.name == "interpolant":
             if level.alpha_rate is None or level.sigma_rate is None:

@@ -229,6 +229,9 @@ def load_classifier(name: Literal["guidance", "evaluation"]) -> CifarClassifier:
 
     "guidance" is a `CifarResNet`, "evaluation" a `CifarPlainNet`; both have seen clean training
     images only. ``docs/embedded_classifiers.md`` says how they were made and how good they are.
+
+    Raises:
+        ValueError: ``name`` is neither of the two.
     """
     if name not in EMBEDDED_FOLDERS:
         raise ValueError(f"name must be one of {sorted(EMBEDDED_FOLDERS)}, got {name!r}")

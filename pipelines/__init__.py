@@ -34,7 +34,7 @@ from .guiders import install_guider as install_guider
 from .image_folder import FolderError as FolderError
 from .image_folder import ImageFolder as ImageFolder
 from .image_folder import ImageRequest as ImageRequest
-from .levels import Reading as Reading
+from .levels import LevelReading as LevelReading
 from .levels import noise_level as noise_level
 from .loading import load_pipeline as load_pipeline
 from .loading import load_weak as load_weak
@@ -64,9 +64,9 @@ __all__ = [
     "ImageFolder",
     "ImageRequest",
     "LatentView",
+    "LevelReading",
     "PointCost",
     "PointResult",
-    "Reading",
     "RuleGuider",
     "Steering",
     "StepRecord",

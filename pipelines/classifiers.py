@@ -80,6 +80,7 @@ class ImageClassifier(nn.Module):
 
         Raises:
             ValueError: for another number of channels, or integers.
+            TypeError: if the network returns no logits.
         """
         channels = self.mean.shape[1]
         if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():

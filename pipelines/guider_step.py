@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.prediction import Kind, Level
 from ..core.step import MissingPrediction
 from ..core.tensors import widen
-from .levels import LevelReader, Reading
+from .levels import LevelReader, LevelReading
 from .observe import Call, Recorder, plain
 from .predictions import SEQUENTIAL, SINGLE, Predictions, align
 
@@ -36,7 +36,7 @@ class UnknownLevel:
 
 def read_level(
     reader: LevelReader | None, timestep: Any, call: Call, unit_time: bool = False
-) -> Reading:
+) -> LevelReading:
     """The kind and level of the prediction.
 
     Args:
@@ -47,7 +47,7 @@ def read_level(
         unit_time: whether the run's timesteps are in [0, 1], which says nothing about the level.
 
     Returns:
-        A ``Reading``; its level raises when it is used if the assumption cannot hold.
+        A ``LevelReading``; its level raises when it is used if the assumption cannot hold.
     """
     if reader is not None:
         return reader.read(timestep)
@@ -58,7 +58,7 @@ def read_level(
         level = UnknownLevel("timesteps in [0, 1] do not say which end is noise")
     else:
         level = Level.flow(torch.as_tensor(timestep).reshape(-1)[0].float() / _TRAIN_TIMESTEPS)
-    return Reading(Kind.VELOCITY, level)
+    return LevelReading(Kind.VELOCITY, level)
 
 
 def noisy_sample(call: Call, prediction: Tensor, factor: Tensor | None) -> Tensor:
@@ -121,7 +121,7 @@ class Received(Predictions):
 def receive(
     calls: list[Call],
     pair: list[Tensor],
-    reading: Reading,
+    reading: LevelReading,
     scale: Callable[[Tensor], Tensor] | None,
     sample: Tensor | None = None,
     rebuilds: bool = False,

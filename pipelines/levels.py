@@ -36,7 +36,7 @@ _STOCHASTIC = ("Ancestral", "DDPM", "SDE", "SASolver", "LCM", "TCD", "UnCLIP")
 _REFUSED = ("DDIMInverse", "DPMSolverMultistepInverse", "ConsistencyModel", "CMStochastic", "SCM")
 
 
-class Reading(NamedTuple):
+class LevelReading(NamedTuple):
     """What ``scheduler.step`` takes: ``sign * prediction`` is of ``kind`` at ``level``."""
 
     kind: Kind
@@ -44,7 +44,7 @@ class Reading(NamedTuple):
     sign: int = 1
 
 
-def noise_level(scheduler: Any, timestep: Tensor | float) -> Reading:
+def noise_level(scheduler: Any, timestep: Tensor | float) -> LevelReading:
     """The kind and level of the prediction that the next ``scheduler.step`` takes.
 
     Args:
@@ -52,8 +52,8 @@ def noise_level(scheduler: Any, timestep: Tensor | float) -> Reading:
         timestep: the timestep about to be passed to ``step``.
 
     Returns:
-        A ``Reading``: kind, level (() float32 tensors on the CPU) and sign (-1 for EDM schedulers
-        that expect a v-prediction, whose output scale is negative).
+        A ``LevelReading``: kind, level (() float32 tensors on the CPU) and sign (-1 for EDM
+        schedulers that expect a v-prediction, whose output scale is negative).
 
     Raises:
         NotImplementedError: if the scheduler, or its ``prediction_type``, is none of the known
@@ -82,16 +82,16 @@ class LevelReader:
             kept = self._copies[name] = (source, copy)
         return kept[1]
 
-    def read(self, timestep: Tensor | float) -> Reading:
+    def read(self, timestep: Tensor | float) -> LevelReading:
         """See ``noise_level``."""
         reading, own = self._read(timestep), getattr(self.scheduler, "raw_kind", None)
         return reading if own is None else reading._replace(kind=own)  # k-Diff in a stock solver
 
-    def _read(self, timestep: Tensor | float) -> Reading:
+    def _read(self, timestep: Tensor | float) -> LevelReading:
         s = self.scheduler
         name = type(s).__name__
         if callable(getattr(s, "noise_level", None)):
-            return Reading(*s.noise_level(timestep))
+            return LevelReading(*s.noise_level(timestep))
         if any(part in name for part in _REFUSED):
             raise NotImplementedError(_unknown(s))
         if hasattr(s, "_init_step_index") and s.step_index is None:
@@ -99,20 +99,22 @@ class LevelReader:
         if hasattr(s, "precondition_outputs"):
             kind = Kind.edm(s.config.sigma_data)
             sign = -1 if s.config.prediction_type == "v_prediction" else 1
-            return Reading(kind, Level.ve(self._sigma()), sign)
+            return LevelReading(kind, Level.ve(self._sigma()), sign)
         if hasattr(s, "_sigma_to_alpha_sigma_t"):
             return self._solver()
         if hasattr(s, "_alpha_cumprod"):  # Wuerstchen: continuous, one time for the batch
-            return Reading(self._kind(), Level.vp(s._alpha_cumprod(_flat(timestep), "cpu")[0]))
+            return LevelReading(self._kind(), Level.vp(s._alpha_cumprod(_flat(timestep), "cpu")[0]))
         if hasattr(s, "alphas_cumprod"):
             if self._tabled():
                 level = Level.vp(self.table("alphas_cumprod")[int(timestep)])
-                return Reading(self._kind(), level)
+                return LevelReading(self._kind(), level)
             kind = self._kind()
-            return Reading(Kind.V_VE if kind == Kind.V else kind, Level.ve(self._sigma()))
+            return LevelReading(Kind.V_VE if kind == Kind.V else kind, Level.ve(self._sigma()))
         if "IPNDM" in name:  # ets = beta * x + alpha * output: a v-prediction
             index = s.step_index
-            return Reading(Kind.V, Level(self.table("alphas")[index], self.table("betas")[index]))
+            return LevelReading(
+                Kind.V, Level(self.table("alphas")[index], self.table("betas")[index])
+            )
         if any(part in name for part in _FLOW):
             return self._flow()
         raise NotImplementedError(_unknown(s))
@@ -200,7 +202,7 @@ class LevelReader:
                 return torch.as_tensor(s.mid_point_sigma, dtype=torch.float32, device="cpu")
         return self.table("sigmas")[index]
 
-    def _solver(self) -> Reading:
+    def _solver(self) -> LevelReading:
         s, kind = self.scheduler, self._kind()
         flow = bool(s.config.get("use_flow_sigmas", False))
         if flow != (kind == Kind.VELOCITY) and kind in (Kind.VELOCITY, Kind.V):
@@ -209,13 +211,13 @@ class LevelReader:
                 f"use_flow_sigmas={flow}, which describes no consistent noise level; "
                 "flow_prediction and use_flow_sigmas=True belong together"
             )
-        return Reading(kind, self._level_at(self._sigma()))
+        return LevelReading(kind, self._level_at(self._sigma()))
 
-    def _flow(self) -> Reading:
+    def _flow(self) -> LevelReading:
         level = self._level_at(self._sigma())
         if self.scheduler.config.get("invert_sigmas", False):  # Mochi: sigma grows towards the data
-            return Reading(Kind.VELOCITY_TO_DATA, level)
-        return Reading(Kind.VELOCITY, level)
+            return LevelReading(Kind.VELOCITY_TO_DATA, level)
+        return LevelReading(Kind.VELOCITY, level)
 
 
 def _flat(timestep: Tensor | float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.prediction import Kind
 from ..core.step import MissingPrediction
-from .levels import Reading
+from .levels import LevelReading
 from .observe import Call, Recorder, half_of, network_input, normal, plain, replay, same_input
 from .spaces import as_scheduled
 
@@ -107,7 +107,7 @@ class Predictions:
     layout: str
     x: Tensor
     dtype: torch.dtype
-    reading: Reading
+    reading: LevelReading
     recorder: Recorder
     scale: Callable[[Tensor], Tensor]
     network: Kind | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.prediction import Kind, denoised_affine, from_denoised, to_denoised
 from ..core.tensors import widen
-from .levels import Reading
+from .levels import LevelReading
 
 
 class Space:
@@ -23,7 +23,7 @@ class Space:
     batch, A and B are Python floats: no tensor is made for them and nothing waits for the device.
     """
 
-    def __init__(self, reading: Reading, x: Tensor) -> None:
+    def __init__(self, reading: LevelReading, x: Tensor) -> None:
         self.reading, self.x = reading, x
         a, b = denoised_affine(reading.kind, reading.level, x)
         b = b * reading.sign
@@ -84,7 +84,7 @@ def _is_number(value: Tensor) -> bool:
     return value.numel() == 1 and value.device.type == "cpu"
 
 
-def as_scheduled(output: Tensor, network: Kind | None, reading: Reading, x: Tensor) -> Tensor:
+def as_scheduled(output: Tensor, network: Kind | None, reading: LevelReading, x: Tensor) -> Tensor:
     """A network output in the scheduler's kind, for pipelines that convert it.
 
     The same float32 operations as such a pipeline does, so that plain guidance stays bit-exact.

@@ -22,7 +22,7 @@ from ..core.step import Guidance
 from .apply import Applied, apply_rule, autograd_allowed
 from .families import check_supported
 from .intercept import Arguments, Interception
-from .levels import LevelReader, Reading, adds_noise, solver_stage, solver_steps
+from .levels import LevelReader, LevelReading, adds_noise, solver_stage, solver_steps
 from .loading import load_weak
 from .observe import Recorder
 from .predictions import DOUBLED, SINGLE, Predictions, is_doubled, layout_of
@@ -162,7 +162,7 @@ class Steering(AbstractContextManager["Steering"]):
             arguments["sample"] = applied.sample
         return real(*arguments.args, **arguments.kwargs)
 
-    def _advance(self, timestep: Any, options: Mapping[str, Any]) -> Reading:
+    def _advance(self, timestep: Any, options: Mapping[str, Any]) -> LevelReading:
         """Read the noise level and count the solver's steps, before the scheduler moves on."""
         reading, now = self._reader.read(timestep), self._now
         now.stage = solver_stage(self._scheduler)
@@ -177,7 +177,7 @@ class Steering(AbstractContextManager["Steering"]):
         return reading
 
     def _predictions(
-        self, output: Tensor, sample: Tensor, reading: Reading, timestep: Any
+        self, output: Tensor, sample: Tensor, reading: LevelReading, timestep: Any
     ) -> Predictions:
         """Read the recorded calls; verify what the pipeline did with them where that is new."""
         now, calls = self._now, self._recorder.take()

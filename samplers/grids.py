@@ -45,7 +45,11 @@ def karras_sigmas(
 
 
 def linear_sigmas(steps: int, sigma_max: float = 1.0) -> Tensor:
-    """Evenly spaced sigmas from ``sigma_max`` to 0, (steps + 1,), float64 on the CPU."""
+    """Evenly spaced sigmas from ``sigma_max`` to 0, (steps + 1,), float64 on the CPU.
+
+    Raises:
+        ValueError: if ``steps`` < 1, or ``sigma_max`` is not positive and finite.
+    """
     if not 0 < sigma_max < math.inf:
         raise ValueError(f"linear_sigmas needs a positive, finite sigma_max, got {sigma_max}")
     return torch.linspace(sigma_max, 0, _steps(steps) + 1, dtype=torch.float64)
@@ -61,6 +65,9 @@ def flow_sigmas(steps: int, shift: float = 1.0) -> Tensor:
     Returns:
         Shape (steps + 1,), float64 on the CPU, from 1 down to 0, for
         ``x = (1 - sigma) * clean + sigma * noise`` (Esser et al. 2024, eq. 23).
+
+    Raises:
+        ValueError: if ``steps`` < 1, or ``shift`` is not positive and finite.
     """
     if not 0 < shift < math.inf:
         raise ValueError(f"flow_sigmas needs a positive, finite shift, got {shift}")

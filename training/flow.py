@@ -113,6 +113,8 @@ class FlowMatching(NoiseLaw):
         mean: mean of the logit of sigma; above 0 spends more on noisy samples.
         std: standard deviation of the logit of sigma.
         sigma_floor: least sigma that an image error is divided by.
+        augment_dim: D of the noise, see ``NoiseLaw``; infinity is Gaussian.
+        stable_targets: learn the mean over the batch (STF), see ``NoiseLaw``.
 
     Raises:
         ValueError: ``prediction`` is neither of the two.

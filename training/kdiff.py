@@ -136,6 +136,8 @@ class KDiffObjective(NoiseLaw):
         std: standard deviation of the logit of sigma.
         q_floor: see ``kdiff_loss``.
         loss: ``"velocity"``; ``"target"`` (plain error in u) only for a fixed k.
+        augment_dim: D of the noise, see ``NoiseLaw``; infinity is Gaussian.
+        stable_targets: learn the mean over the batch (STF), see ``NoiseLaw``.
 
     Raises:
         ValueError: if k is not in [0, 1], or is learned under the target loss. That choice is

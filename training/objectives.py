@@ -26,6 +26,9 @@ def make_objective(config: TrainConfig, k: float | None = None) -> Objective:
     Args:
         config: the settings.
         k: of kdiff, where the config leaves it open: the start of a learned k, the value of "auto".
+
+    Raises:
+        ValueError: the config says k="auto" and ``k`` is not given.
     """
     law: dict[str, Any] = {"augment_dim": config.dimension, "stable_targets": config.stable_targets}
     logit: dict[str, Any] = {"mean": config.sigma_mean, "std": config.sigma_std}

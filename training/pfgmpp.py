@@ -64,6 +64,8 @@ class PFGMPPObjective(NoiseLaw):
         mean: mean of ln(sigma).
         std: standard deviation of ln(sigma).
         sigma_data: standard deviation of the images.
+        augment_dim: D of the noise, see ``NoiseLaw``; infinity is Gaussian.
+        stable_targets: learn the mean over the batch (STF), see ``NoiseLaw``.
 
     Every sigma keeps its value at any D (``samplers.radius_of`` turns one into the paper's r).
 

@@ -11,7 +11,7 @@ from scheduler_configs import CONFIGS, Config
 from torch import Tensor
 
 from diffsteer.core import Kind, Level, from_denoised, to_denoised
-from diffsteer.pipelines import Reading, noise_level
+from diffsteer.pipelines import LevelReading, noise_level
 from diffsteer.pipelines.levels import LevelReader, solver_stage, solver_steps
 from diffsteer.pipelines.spaces import Space
 
@@ -186,8 +186,8 @@ def test_noise_without_signal_is_refused_by_the_conversion() -> None:
     level = Level(0.0, 1.0)
     x = torch.ones(1, 2)
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        Space(Reading(Kind.NOISE, level), x).check()
-    Space(Reading(Kind.V, level), x).check()
+        Space(LevelReading(Kind.NOISE, level), x).check()
+    Space(LevelReading(Kind.V, level), x).check()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_noise_without_signal_is_refused_by_the_conversion() -> None:
 @pytest.mark.parametrize("moved", [False, True])
 def test_space_and_core_agree(kind: Kind, level: Level, moved: bool) -> None:
     x, out, guided = torch.randn(3, 2, 4, 4).unbind(0)
-    space = Space(Reading(kind, level), x)
+    space = Space(LevelReading(kind, level), x)
     cond = space.denoised(out)
     torch.testing.assert_close(cond, to_denoised(out, kind, x, level))
     other = x + 0.1 * torch.randn_like(x) if moved else None

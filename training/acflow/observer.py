@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.prediction import Kind
 from ...pipelines.families import check_supported
 from ...pipelines.intercept import Arguments, Interception
-from ...pipelines.levels import LevelReader, Reading
+from ...pipelines.levels import LevelReader, LevelReading
 from ...pipelines.observe import Recorder, network_input, same_input
 from ...pipelines.predictions import BATCHED, SINGLE, Predictions, layout_of
 from ...pipelines.validate import find_denoisers
@@ -180,7 +180,7 @@ class Observer(AbstractContextManager["Observer"]):
         return result
 
     def _first(
-        self, calls: list[Any], sample: Tensor, output: Tensor, reading: Reading
+        self, calls: list[Any], sample: Tensor, output: Tensor, reading: LevelReading
     ) -> Observed:
         """Tell conditional and unconditional calls apart, and check what can be repeated."""
         layout = layout_of(calls, sample, False)
@@ -198,7 +198,7 @@ class Observer(AbstractContextManager["Observer"]):
         return Observed(sample, found[first], found[1 - first])
 
     def _verify(
-        self, calls: list[Any], layout: str, sample: Tensor, output: Tensor, reading: Reading
+        self, calls: list[Any], layout: str, sample: Tensor, output: Tensor, reading: LevelReading
     ) -> tuple[str, int]:
         network = getattr(self.pipe, "prediction_kind", None)
         seen = Predictions(
@@ -220,7 +220,7 @@ class Observer(AbstractContextManager["Observer"]):
         return verdict.order, verdict.sign
 
 
-def _check_reading(pipe: Any, reading: Reading) -> None:
+def _check_reading(pipe: Any, reading: LevelReading) -> None:
     sigma, alpha = reading.level.sigma, reading.level.alpha
     straight = bool(((alpha + sigma - 1).abs() < 1e-4).all())
     if reading.kind != Kind.VELOCITY or reading.sign != 1 or not straight:
