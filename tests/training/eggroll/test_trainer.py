@@ -370,3 +370,10 @@ def test_layers_are_named_as_peft_names_them() -> None:
     regex = EggrollConfig(target_modules=r"blocks\.\d+\..*to_q").layers()
     assert regex == {"target_modules": r"blocks\.\d+\..*to_q", "exclude": ()}
     assert EggrollConfig().layers() == {"target_modules": None, "exclude": ()}
+
+
+def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
+    saved = {**vars(EggrollConfig())}
+    del saved["offload"]
+    assert EggrollConfig().changes(saved) == {}
+    assert EggrollConfig(offload=True).changes(saved) == {"offload": (False, True)}
