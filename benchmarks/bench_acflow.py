@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import _real_size
 import torch
 from _probes import PeakMemory
 from torch import Tensor, nn
@@ -33,20 +34,6 @@ from diffsteer.training.acflow.targets import make_targets
 from diffsteer.training.network import quick_attention
 from diffsteer.training.prompts import Prompt, class_prompts
 from diffsteer.training.rewards import JpegSize, RewardPool, RewardSet
-
-# SD3-medium (stabilityai/stable-diffusion-3-medium, transformer/config.json and vae/config.json)
-SD3_MEDIUM = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "attention_head_dim": 64,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 192,
-}  # fmt: skip
-SD3_VAE = {
-    "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609,
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "use_quant_conv": False, "use_post_quant_conv": False,
-}  # fmt: skip
-
 
 # -- what is measured ------------------------------------------------------------------------------
 
@@ -76,30 +63,15 @@ def embedded(options: argparse.Namespace) -> tuple[Any, list[Prompt], dict[str, 
 
 
 def sd3(options: argparse.Namespace) -> tuple[Any, list[Prompt], dict[str, Any]]:
-    """A pipeline of random weights; prompts are embeddings."""
-    import diffusers
-
-    with torch.device(options.device):
-        torch.manual_seed(0)
-        transformer = diffusers.SD3Transformer2DModel(**SD3_MEDIUM, num_layers=options.layers)
-        vae = diffusers.AutoencoderKL(**SD3_VAE)
-    pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=transformer.to(torch.bfloat16), vae=vae.to(torch.bfloat16),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
-        text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
-    where = {"device": options.device, "dtype": torch.bfloat16}
+    """A pipeline of that shape with random weights; prompts are rows of embeddings."""
+    pipe, given = _real_size.sd3(argparse.Namespace(**{**vars(options), "batch": 2}))
 
     def inputs(prompts: Any) -> dict[str, Any]:
-        count = len(prompts)
-        return {
-            "prompt_embeds": torch.ones(count, options.text_tokens, 4096, **where),
-            "pooled_prompt_embeds": torch.ones(count, 2048, **where),
-        }
+        rows = [int(prompt.text) for prompt in prompts]
+        return {name: given[name][rows] for name in ("prompt_embeds", "pooled_prompt_embeds")}
 
     call = {"height": options.pixels, "width": options.pixels}
-    return pipe, [Prompt(str(i)) for i in range(2)], {"inputs": inputs, "call": call}
+    return pipe, [Prompt("0"), Prompt("1")], {"inputs": inputs, "call": call}
 
 
 def collected(trainer: ACFlowTrainer) -> tuple[Any, Any]:
@@ -309,9 +281,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="of the critic (default: 16; sd3: 32)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--wait", type=float, default=0.8, help="of the reward, in batches sampled")
-    parser.add_argument("--layers", type=int, default=24, help="of the sd3 transformer")
+    parser.add_argument("--layers", type=int, help="of the sd3 transformer (default: 24)")
     parser.add_argument("--pixels", type=int, default=512, help="of the sd3 image")
-    parser.add_argument("--text-tokens", type=int, default=77, help="of the sd3 prompt")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()

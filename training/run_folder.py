@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from .checkpoint import CheckpointError, list_checkpoints, load_checkpoint, writ
 from .config import TrainConfig
 from .data import Images
 
-__all__ = ["append_line", "check_run", "newest_state", "note_part", "read_lines", "read_run"]
+__all__ = [
+    "append_line",
+    "check_run",
+    "keep_lines",
+    "newest_state",
+    "note_part",
+    "note_versions",
+    "read_lines",
+    "read_run",
+]
 
 CONFIG, DATA, HISTORY = "config.json", "data.json", "history.jsonl"
 CURVE, SCORES = "loss.jsonl", "scores.jsonl"
@@ -74,14 +84,21 @@ def note_part(
     changed: dict[str, tuple[Any, Any]],
 ) -> None:
     """Note that the run starts or goes on at ``step``; drop what curve and scores say of later."""
-    import diffusers
-
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CONFIG, asdict(config))
     data = {"digest": images.digest(), "count": len(images), "names": list(images.names)}
     write_json(out / DATA, data)
+    note_versions(out, changed, from_step=step)
+    for name in (CURVE, SCORES):
+        keep_lines(out / name, lambda line: line["step"] <= step)
+
+
+def note_versions(out: Path, changed: Mapping[str, Sequence[Any]], **start: int) -> None:
+    """Add a line to the history of a run: where it starts or goes on, and with which versions."""
+    import diffusers
+
     part = {
-        "from_step": step,
+        **start,
         "unix_time": round(time.time()),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -89,12 +106,15 @@ def note_part(
         "changed": {name: list(pair) for name, pair in changed.items()},
     }
     append_line(out / HISTORY, part)
-    for name in (CURVE, SCORES):
-        if (out / name).exists():
-            lines = [line for line in read_lines(out / name) if line["step"] <= step]
-            aside = out / f".{name}"
-            aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            aside.replace(out / name)
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines of a log that ``keep`` refuses; a stop in between loses none."""
+    if path.exists():
+        lines = [line for line in read_lines(path) if keep(line)]
+        aside = path.with_name(f".{path.name}")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        aside.replace(path)
 
 
 def read_run(out: Path) -> tuple[TrainConfig, tuple[str, ...]]:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint import CheckpointError, write_json
 from ..prompts import Prompt
-from ..run_folder import append_line, read_lines
+from ..run_folder import keep_lines, note_versions, read_lines
 from .config import ACFlowConfig
 
 __all__ = ["LOG", "check_same_run", "note_start", "prompts_digest", "read_log"]
 
-CONFIG, INPUTS, HISTORY, LOG = "config.json", "inputs.json", "history.jsonl", "log.jsonl"
+CONFIG, INPUTS, LOG = "config.json", "inputs.json", "log.jsonl"
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
@@ -81,24 +78,11 @@ def note_start(
     changed: Mapping[str, Any],
 ) -> None:
     """Note that the run starts or goes on after ``epoch`` epochs; drop what the log has beyond."""
-    import diffusers
-
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / INPUTS, dict(inputs))
     write_json(out / CONFIG, asdict(config))
-    part = {
-        "from_epoch": epoch,
-        "unix_time": round(time.time()),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "threads": torch.get_num_threads(),
-        "changed": {name: list(pair) for name, pair in changed.items()},
-    }
-    append_line(out / HISTORY, part)
-    lines = [line for line in read_log(out) if epoch and line["epoch"] <= epoch]
-    aside = out / f".{LOG}"
-    aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    aside.replace(out / LOG)
+    note_versions(out, changed, from_epoch=epoch)
+    keep_lines(out / LOG, lambda line: epoch > 0 and line["epoch"] <= epoch)
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
