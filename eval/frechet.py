@@ -161,12 +161,33 @@ def frechet_distance_to(
     factor, other = reference.factor, covariance
     if rank is not None and 2 * rank <= factor.shape[1]:
         factor, other = covariance_factor(covariance), reference.covariance
-    values = torch.linalg.eigvalsh(factor.T @ (other @ factor))
+    values = torch.linalg.eigvalsh(_sandwich(factor, other))
     # Below this an eigenvalue is rounding noise, and its root would be far larger than itself.
     floor = len(mean) * _EPS * values[-1:].clamp_min(0)
     root_trace = torch.where(values > floor, values, 0).sqrt().sum()
     traces = reference.covariance.trace() + covariance.trace()
     return _finish(reference.mean - mean, traces, root_trace)
+
+
+def _sandwich(factor: Tensor, middle: Tensor, *, block: int = 256) -> Tensor:
+    """The lower triangle of ``factor.T @ middle @ factor``, which is all that ``eigvalsh`` reads.
+
+    Block by block, so that neither the other half nor the zeros of a Cholesky factor are computed:
+    a third of the operations.
+
+    Args:
+        factor: shape (d, r).
+        middle: shape (d, d), symmetric.
+        block: columns at a time.
+    """
+    dim, rank = factor.shape
+    triangular = dim == rank and not bool(factor.triu(1).any())
+    out = factor.new_zeros(rank, rank)
+    for start in range(0, rank, block):
+        columns, top = slice(start, start + block), start if triangular else 0
+        part = middle[top:, top:] @ factor[top:, columns]
+        out[start:, columns] = factor[top:, start:].T @ part
+    return out
 
 
 def frechet_distance_of_moments(a: Moments, b: Moments) -> float:

@@ -50,7 +50,7 @@ class Moments:
             wide = features[start : start + chunk].to(device=device, dtype=torch.float64)
             mean = wide.mean(0)
             wide = wide - mean
-            merged = merged + cls(len(wide), mean, wide.T @ wide)
+            merged = merged + cls(len(wide), mean, _gram(wide))
         return merged
 
     @classmethod
@@ -106,6 +106,17 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         return (self.scatter + self.scatter.T) / (2 * (self.count - 1))
+
+
+def _gram(rows: Tensor, *, block: int = 512) -> Tensor:
+    """``rows.T @ rows``, (d, d), without computing its two equal halves twice."""
+    dim = rows.shape[1]
+    out = rows.new_empty(dim, dim)
+    for start in range(0, dim, block):
+        end = min(start + block, dim)
+        out[start:, start:end] = rows[:, start:].T @ rows[:, start:end]
+        out[start:end, end:] = out[end:, start:end].T
+    return out
 
 
 def check_features(features: Tensor, name: str) -> None:

@@ -111,17 +111,18 @@ def tolerance(a: Points, b: Points) -> float:
 
 
 def tiles(
-    a: Points, b: Points, chunk: int, rows: range | None = None
+    a: Points, b: Points, chunk: int, rows: range | None = None, *, upper: bool = False
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Approximate squared distances, tile by tile: (first row, first column, (R, C) float32).
 
-    ``rows`` are those of ``a`` that are wanted, a block; all by default.
+    ``rows`` are those of ``a`` that are wanted, a block; all by default. ``upper`` leaves out the
+    tiles below the diagonal, which for one set of points repeat those above.
     """
     rows = range(len(a)) if rows is None else rows
     for row in rows[::chunk]:
         last = min(row + chunk, rows.stop)
         x, x_norm = a.centred[row:last], a.norms[row:last, None]
-        for column in range(0, len(b), chunk):
+        for column in range(row if upper else 0, len(b), chunk):
             y, y_norm = b.centred[column : column + chunk], b.norms[column : column + chunk]
             yield row, column, torch.addmm(x_norm + y_norm, x, y.T, alpha=-2)
 
@@ -181,10 +182,14 @@ def _nearest(
     slack = tolerance(a, b)
     distances = torch.zeros(len(a), k, dtype=torch.float64, device=a.exact.device)
     indices = torch.zeros(len(a), k, dtype=torch.int64, device=a.exact.device)
-    mine = share.rows(len(a))
+    mine, count = share.rows(len(a)), min(k + 8, available)
+    # Alone with one set of points, half of the products are enough.
+    every = _own_candidates(a, count, chunk) if skip_self and share.world == 1 else None
     for start in mine[::chunk]:
         rows = torch.arange(start, min(start + chunk, mine.stop), device=a.exact.device)
-        rough, candidates = _candidates(a, b, rows, min(k + 8, available), skip_self)
+        rough, candidates = (
+            _candidates(a, b, rows, count, skip_self) if every is None else (t[rows] for t in every)
+        )
         found, order = _exact_rows(a, rows, b, candidates, rough, k, slack, only_last)
         distances[rows], indices[rows] = found, candidates.gather(1, order)
         # What was not a candidate is at least this far, give or take the rounding error.
@@ -215,6 +220,27 @@ def _candidates(
         best, where = torch.cat([best, value], 1), torch.cat([where, index + column], 1)
     best, order = best.topk(count, dim=1, largest=False, sorted=True)
     return best + a.norms[block, None], where.gather(1, order)
+
+
+def _own_candidates(points: Points, count: int, block: int) -> tuple[Tensor, Tensor]:
+    """``_candidates`` of all rows among the others of the same set: each tile serves both sides."""
+    size, device = len(points), points.exact.device
+    best = torch.full((size, count), torch.inf, device=device)
+    where = torch.zeros(size, count, dtype=torch.int64, device=device)
+
+    def keep(rows: slice, tile: Tensor, first: int) -> None:
+        value, index = tile.topk(min(count, tile.shape[1]), dim=1, largest=False, sorted=False)
+        both, ids = torch.cat([best[rows], value], 1), torch.cat([where[rows], index + first], 1)
+        best[rows], order = both.topk(count, dim=1, largest=False, sorted=True)
+        where[rows] = ids.gather(1, order)
+
+    for row, column, tile in tiles(points, points, block, upper=True):
+        if row == column:
+            tile.fill_diagonal_(torch.inf)
+        keep(slice(row, row + len(tile)), tile, column)
+        if column > row:
+            keep(slice(column, column + tile.shape[1]), tile.T.contiguous(), row)
+    return best, where
 
 
 def _exact_rows(

@@ -49,12 +49,12 @@ class PRDC:
             strict: whether balls excluded their surface.
         """
         precision, precision_stderr = _mean_and_error((balls > 0).long())
-        density, density_stderr = _mean_and_error(balls)
+        _, density_stderr = _mean_and_error(balls)
         n_real, n_fake = len(recalled), len(balls)
         recall, coverage = float(recalled.sum()) / n_real, float(covered.sum()) / n_real
         return cls(
-            precision, recall, density / k, coverage, k, strict, n_real, n_fake,
-            precision_stderr, density_stderr / k,
+            precision, recall, int(balls.sum()) / (k * n_fake), coverage, k, strict, n_real,
+            n_fake, precision_stderr, density_stderr / k,
         )  # fmt: skip
 
 

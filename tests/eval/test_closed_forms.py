@@ -30,6 +30,7 @@ from diffsteer.eval.frechet import (
     pivoted_cholesky,
 )
 from diffsteer.eval.kernel import polynomial_kernel
+from diffsteer.eval.neighbours import nearest, pair_up, radii_squared
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -169,6 +170,32 @@ def test_prdc_counts_do_not_change_by_shift_rotation_by_axes_or_order(seed, n, m
     axes = torch.randperm(dim, generator=random)
     rows = torch.randperm(n, generator=random)
     assert prdc(a[rows][:, axes] + 1024, b[:, axes] + 1024, 3, chunk=7) == value
+
+
+def test_errors_of_precision_and_density_are_those_of_means_over_samples():
+    real, fake = draw(1, 200, 3), 1.5 * draw(2, 150, 3)
+    found = prdc(real, fake, 3)
+    radius = torch.cdist(real, real).sort(1).values[:, 3]
+    balls = (torch.cdist(fake, real) <= radius).sum(1).double()
+    for value, mean, error in (
+        ((balls > 0).double(), found.precision, found.precision_stderr),
+        (balls / 3, found.density, found.density_stderr),
+    ):
+        assert mean == pytest.approx(float(value.mean()))
+        assert error == pytest.approx(float(value.std()) / 150**0.5)
+
+
+@few
+@given(seeds, st.integers(6, 60), st.integers(1, 5), st.integers(1, 70))
+def test_radii_do_not_depend_on_tiles_or_on_which_half_is_computed(seed, rows, k, chunk):
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (rows, 4), generator=random).float()  # ties and copies too
+    points = pair_up(x, x)[0]
+    exact = torch.cdist(x.double(), x.double()).fill_diagonal_(torch.inf).square()
+    expected = exact.sort(1).values[:, k - 1].round()
+    assert torch.equal(radii_squared(points, k, chunk=chunk), expected)
+    whole_rows = nearest(points, points, k + 1, chunk=chunk)[0]  # the nearest is itself
+    assert torch.equal(whole_rows[:, k], expected)
 
 
 def test_far_sets_have_nothing_in_common():

@@ -49,9 +49,35 @@ def test_frechet_distance_is_the_forty_digit_truth(features, name, tolerance, pa
     assert value == pytest.approx(float(GOLDEN["frechet_truth"][name]), **{"rel": 0, **tolerance})
 
 
+@pytest.mark.parametrize("name", ["base", "offset"])
+@pytest.mark.parametrize(
+    "peer, single",
+    [
+        ("dgm_eval_fd(float64 reps)", False),
+        ("dgm_eval_fd_eff(float64 reps)", False),
+        ("edm_edm2(float64 sums)", False),
+        ("torchmetrics_1.9(float64 in)", False),
+        ("torch_fidelity_0.4(float32)", True),
+        ("adm_evaluator(float32)", True),
+        ("clean_fid(float32)", True),
+    ],
+)
+def test_frechet_distance_of_the_peers(features, name, peer, single):
+    """Programs that take means in float32 print our distance but for the rounded means."""
+    real, fake = features[name]
+    value = frechet_distance_of_moments(Moments.of(real), Moments.of(fake))
+    if single:  # numpy's order of summation decides the rounding
+        gap = Moments.of(real).mean - Moments.of(fake).mean
+        rounded = real.numpy().mean(0) - fake.numpy().mean(0)
+        value += float(rounded.dot(rounded)) - float(gap.dot(gap))
+    assert value == pytest.approx(GOLDEN["frechet_peers"][name][peer], rel=1e-8 if single else 1e-9)
+
+
 def test_moments(features):
     real = Moments.of(features["base"][0])
     golden = GOLDEN["stats_base_real"]
+    assert float(real.mean[0]) == pytest.approx(golden["mu_0"], rel=1e-11)
+    assert float(real.covariance[0, 0]) == pytest.approx(golden["sigma_00"], rel=1e-11)
     assert float(real.mean.sum()) == pytest.approx(golden["mu_sum"], rel=1e-11)
     assert float(real.covariance.trace()) == pytest.approx(golden["trace"], rel=1e-11)
     assert float(real.covariance[0, 1]) == pytest.approx(golden["sigma_01"], rel=1e-11)
@@ -120,7 +146,10 @@ def test_precision_recall_density_coverage_to_the_last_count(features, name, k, 
         (1000, "torch_fidelity(splits=10,shuffle=True,RandomState(2020),f64,ddof0)", {}),
         (1000, "dgm_eval(splits=10,shuffle=True,drops N%10,f64 probs)", {"remainder": "drop"}),
         (1000, "dgm_eval(splits=10,shuffle=False,drops N%10,f64 probs)", {"seed": None}),
+        (1000, "torch_fidelity(splits=10,shuffle=False,RandomState(2020),f64,ddof0)",
+         {"seed": None}),
         (1000, "single_split_f64", {"splits": 1}),
+        (1003, "single_split_f64", {"splits": 1}),
         (1003, "torch_fidelity(splits=10,shuffle=True,RandomState(2020),f64,ddof0)", {}),
         (1003, "dgm_eval(splits=10,shuffle=True,drops N%10,f64 probs)", {"remainder": "drop"}),
         (1003, "torch_fidelity(splits=10,shuffle=False,RandomState(2020),f64,ddof0)",
@@ -136,10 +165,44 @@ def test_inception_score(features, count, key, options):
     assert found.stderr == pytest.approx(golden.get("std", 0.0), rel=1e-8, abs=1e-12)
 
 
-def test_inception_score_of_adm_has_a_short_last_split(features):
-    golden = GOLDEN["inception_score"]["N=1003"]["adm(split_size=100)"]
-    found = inception_score(features["logits"][0], split_size=100, seed=None)
+@pytest.mark.parametrize("count", [1000, 1003])
+@pytest.mark.parametrize(
+    "key, size",
+    [("adm(split_size=100)", 100), ("adm(split_size=5000 -> 1 split, no shuffle, f32)", 5000)],
+)
+def test_inception_score_of_adm_has_a_short_last_split(features, count, key, size):
+    golden = GOLDEN["inception_score"][f"N={count}"][key]
+    found = inception_score(features["logits"][0][:count], split_size=size, seed=None)
     assert found.value == pytest.approx(golden["mean"], rel=1e-6)  # ADM works in float32
+
+
+@pytest.mark.parametrize("count", [1000, 1003])
+def test_inception_score_of_torchmetrics_in_its_own_order(features, count):
+    """Its ``randperm`` and ``chunk`` are our splits of fixed size; its spread has ddof 1."""
+    golden = GOLDEN["inception_score"][f"N={count}"]["torchmetrics(manual_seed(0),float64)"]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    logits = features["logits"][0][:count][order]
+    found = inception_score(logits, split_size=-(-count // 10), seed=None)
+    assert found.value == pytest.approx(golden["mean"], rel=1e-10)
+    assert found.stderr * (10 / 9) ** 0.5 == pytest.approx(golden["std"], rel=1e-8)
+
+
+@pytest.mark.parametrize("name", ["base", "dups", "ones"])
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize(
+    "peer, strict",
+    [
+        ("prdc_dgm_eval(k={k}, strict <)", True),
+        ("prdc_clova(k={k})", True),
+        ("torch_fidelity_full(k={k}, <=, float32 cdist mm)", False),
+        ("torch_fidelity_part(k={k}, <=, float64)", False),
+        ("adm_fp32(k={k}, <=, squared)", False),
+    ],
+)
+def test_neighbours_of_the_peers(features, name, k, peer, strict):
+    found = prdc(*features[name], k, strict=strict)
+    for score, golden in GOLDEN["prdc"][name][peer.format(k=k)].items():
+        assert getattr(found, score) == pytest.approx(golden, rel=3e-8), score  # float32 prints
 
 
 def test_vendi(features):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from diffsteer.eval import EvalSuite, Reading, evaluate
 from diffsteer.eval.images import open_images
 from diffsteer.eval.pages import grids_of, write_page, write_plots
-from diffsteer.eval.plots import infinity_fit
+from diffsteer.eval.plots import curves_over_k, infinity_fit
 from diffsteer.eval.report import read_result
 from diffsteer.eval.run import set_reference
 from diffsteer.eval.runs import guidance_scale, incomplete, sweep_axis
@@ -112,6 +113,22 @@ def test_plots_are_written_for_a_sweep(sweep, tmp_path):
     written = write_plots(tmp_path / "plots", results)
     assert {"fd-tiny.png", "precision_recall.png"} <= {path.name for path in written}
     assert all(path.stat().st_size > 2000 for path in written)
+
+
+def test_a_result_alone_has_figures_of_its_own(tmp_path, extractor):
+    suite = EvalSuite(("pr", "over_k", "accuracy"), extractors=extractor)
+    suite.update(tensors(30, 1), real=True)
+    suite.update(tensors(30, 2), labels=[i % 4 for i in range(30)])
+    result = suite.compute()
+    written = {p.stem for p in write_plots(tmp_path, {"a": result}, class_names=tuple("abcd"))}
+    assert written == {"precision_recall", "scores_over_k", "accuracy_by_class"}
+    lines = curves_over_k(result).axes[0].lines
+    assert [line.get_label() for line in lines] == ["precision", "recall", "density", "coverage"]
+    assert lines[1].get_ydata()[2] == result.values["recall"]  # k = 3
+    write_page(tmp_path / "page.html", {"a": result}, [])
+    assert "scores over k" in (tmp_path / "page.html").read_text()
+    with pytest.raises(ValueError, match="over_k"):
+        curves_over_k(replace(result, curves={}))
 
 
 def test_the_line_to_infinitely_many_samples_is_drawn(tmp_path, extractor):

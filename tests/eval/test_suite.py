@@ -262,3 +262,34 @@ def test_results_write_and_read_themselves(extractor, pair, tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"metrics\.json"):
         read_result(path)
+
+
+def test_curves_over_k_agree_with_the_scores_at_k(extractor, pair, tmp_path):
+    real, fake = pair
+    suite = fed(extractor, fake, real, metrics=("pr", "dc", "over_k"), settings=Settings(k=4))
+    result = suite.compute()
+    ks, values = result.curves["recall-over-k"]
+    assert ks == [1, 2, 3, 4, 5, 10, 20] and values == sorted(values)
+    assert values[3] == result.values["recall"]
+    x, y = extractor(real).features, extractor(fake).features
+    assert values[5] == prdc(x, y, 10).recall
+    assert set(result.curves) == {f"{s}-over-k" for s in ("precision", "recall", "density",
+                                                          "coverage")}  # fmt: skip
+    few = fed(extractor, fake[:1], real, metrics=("over_k",)).compute()
+    assert "at least 2" in few.skipped["over_k"]
+
+
+def test_every_score_says_which_way_is_better_its_count_and_its_error(extractor, pair):
+    real, fake = pair
+    result = fed(extractor, fake, real, torch.arange(60) % 4).compute()
+    without = {"fd-tiny", "recall", "coverage", "macro_precision", "cmmd-tiny", "vendi",
+               "diversity"}  # fmt: skip
+    for name, score in result.scores.items():
+        assert score.count == 60, name
+        neither = name in ("saturation", "contrast", "clipped")
+        assert (score.higher_is_better is None) is neither, name
+        lower = name.startswith(("fd", "kid", "cmmd"))
+        assert neither or score.higher_is_better is not lower, name
+        assert (score.stderr is None) is (name in without), name
+    error = (result.values["precision"] * (1 - result.values["precision"]) / 59) ** 0.5
+    assert result.stderr["precision"] == pytest.approx(error)
