@@ -140,8 +140,10 @@ def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:
             file.write(text)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk does not say which file was being written
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
