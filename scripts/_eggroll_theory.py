@@ -55,14 +55,17 @@ def theory_points(out: Path, quick: bool = False) -> Points:
         out: the folder.
         quick: few draws and members, for a test.
     """
-    parts: dict[str, Callable[[bool], Any]] = {"ranks": rank_law, "cosines": cosines}
-    points = {}
+    parts: dict[str, Callable[[], Any]] = {"ranks": partial(rank_law, quick)}
+    for rank in (*RANKS, DENSE):
+        parts[f"cosines-{rank}"] = partial(cosines, rank, quick)
+    points: Points = {}
     for name, make in parts.items():
         path = out / f"{name}{'-quick' if quick else ''}.json"
         if not path.exists():
-            files.write_json(path, make(quick))
+            files.write_json(path, make())
         points[name] = json.loads(path.read_text())
-    return points
+    found = [points.pop(name) for name in parts if name != "ranks"]
+    return {**points, "cosines": [row for rows in found for row in rows]}
 
 
 def rank_law(quick: bool) -> list[dict[str, float]]:
@@ -102,8 +105,8 @@ def _projections(matrix: Matrix, slope: Tensor, rank: int, draws: int) -> Tensor
     return torch.cat(found)
 
 
-def cosines(quick: bool) -> list[dict[str, float | str]]:
-    """The cosine of estimates and the true gradient on the embedded model, by rank and population.
+def cosines(rank: int | str, quick: bool) -> list[dict[str, float | str]]:
+    """The cosine of estimates and the true gradient on the embedded model, by population.
 
     The reward is the log-probability of the class, with a gradient through all solver steps; all
     in float32, over the same two images. Smaller populations are the first members of the largest.
@@ -113,30 +116,29 @@ def cosines(quick: bool) -> list[dict[str, float | str]]:
     _, gradient = reward_gradient(pipe, differentiable_reward, asked, STEPS)
     rewards = RewardSet({"it": load_reward("class-probability:classifier=guidance,mode=log")})
     sizes = POPULATIONS[:1] if quick else POPULATIONS
-    found: list[dict[str, float | str]] = []
-    for rank in (*RANKS, DENSE):
-        config = EggrollConfig(
-            population_size=sizes[-1], rank=1 if rank == DENSE else int(rank), sigma=SIGMA,
-            sample_steps=STEPS, images_per_call=64,
-        )  # fmt: skip
-        es = make_eggroll(pipe.transformer, config)
-        sampler = MemberSampler(pipe, es, rewards, config)
-        if rank == DENSE:
-            dense = Dense(es.layers)
-            scores, estimate = dense_scores(dense, sampler, asked, sizes[-1]), dense.gradient
-        else:
-            scores = sampler.evaluate(range(sizes[-1]), asked).table.double().mean(1)
-            estimate = partial(low_rank_estimate, es)
-        pairs = (scores[0::2] - scores[1::2]) / 2
-        values = torch.stack([pairs, -pairs], 1).flatten()
-        for size in sizes:
-            found.append({
-                "rank": rank, "population": size,
-                "cosine": cosine(partial(estimate, values=values[:size]), gradient),
-                "predicted": predicted_cosine(es.layers, gradient, rank, size),
-                "weights": sum(g.numel() for g in gradient.values()),
-            })  # fmt: skip
-    return found
+    config = EggrollConfig(
+        population_size=sizes[-1], rank=1 if rank == DENSE else int(rank), sigma=SIGMA,
+        sample_steps=STEPS, images_per_call=64,
+    )  # fmt: skip
+    es = make_eggroll(pipe.transformer, config)
+    sampler = MemberSampler(pipe, es, rewards, config)
+    if rank == DENSE:
+        dense = Dense(es.layers)
+        scores, estimate = dense_scores(dense, sampler, asked, sizes[-1]), dense.gradient
+    else:
+        scores = sampler.evaluate(range(sizes[-1]), asked).table.double().mean(1)
+        estimate = partial(low_rank_estimate, es)
+    pairs = (scores[0::2] - scores[1::2]) / 2
+    values = torch.stack([pairs, -pairs], 1).flatten()
+    return [
+        {
+            "rank": rank, "population": size,
+            "cosine": cosine(partial(estimate, values=values[:size]), gradient),
+            "predicted": predicted_cosine(es.layers, gradient, rank, size),
+            "weights": sum(g.numel() for g in gradient.values()),
+        }
+        for size in sizes
+    ]  # fmt: skip
 
 
 def low_rank_estimate(es: Eggroll, name: str, values: Tensor) -> Tensor:

@@ -99,9 +99,8 @@ class Eggroll:
         offload: bool = False,
     ) -> None:
         self.noise = NoiseFormat(seed, rank, noise_kind, antithetic, noise_reuse)
-        self.pace = Pace(
-            sigma, lr, sigma_decay, lr_decay, delta_decay, max_step_norm, max_delta_norm
-        )
+        decays = (sigma_decay, lr_decay, delta_decay)
+        self.pace = Pace(sigma, lr, *decays, max_step_norm, max_delta_norm)
         check_choices(mode, fitness_shaping)
         check_population(population_size, member_batch_size, antithetic)
         self.model, self.mode, self.population_size = model, mode, population_size
@@ -110,10 +109,9 @@ class Eggroll:
         check_layers(model, self.layers, lowrank=mode == "lowrank")
         check_rank(rank, self.layers.values())
         self.offsets = Offsets(self.layers, offload=offload)
-        self._unverified = mode == "lowrank"
         self._separable = isinstance(optimizer, str) and max_step_norm is None
         self.optimizer = make_optimizer(optimizer, list(self.offsets.parameters.values()), lr)
-        self.generation = 0
+        self.generation, self._unverified = 0, mode == "lowrank"
 
     @property
     def sigma(self) -> float:
