@@ -125,4 +125,6 @@ def reward_gradient(
         found = torch.autograd.grad(value, list(weights.values()))
     for weight in weights.values():
         weight.requires_grad_(False)
-    return float(value.detach()), dict(zip(weights, [g.detach().float() for g in found], strict=True))
+    return float(value.detach()), dict(
+        zip(weights, [g.detach().float() for g in found], strict=True)
+    )
