@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from safetensors import SafetensorError
 
 WHOLE_FILE = 64 * 2**20  # of larger files a fingerprint reads both ends
 
@@ -30,14 +36,44 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(aside, path)
     except OSError as error:
         _remove(aside)
-        raise OSError(
-            error.errno,
-            f"cannot write {path}: {error.strerror or error}. Nothing that was finished is lost: "
-            "mend that (free some space, or choose another folder) and run the same command again",
-        ) from error
+        raise _unwritten(path, error) from error
     except BaseException:
         _remove(aside)
         raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of ``path`` at the end, or vanishes.
+
+    For what other libraries write file by file, such as ``pipe.save_pretrained``.
+
+    Raises:
+        OSError: as in ``write_bytes``, also where safetensors calls it an error of its own.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(aside, path)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise _unwritten(path, error) from error
+        raise
+
+
+def _unwritten(path: Path, error: Exception) -> OSError:
+    found = re.search(r"(?:I/O error: )?([^:]*) \(os error (\d+)\)", str(error))  # safetensors'
+    reason = found[1] if found else getattr(error, "strerror", None) or str(error)
+    number = getattr(error, "errno", None) or (int(found[2]) if found else errno.EIO)
+    return OSError(
+        number,
+        f"cannot write {path}: {reason}. Nothing that was finished is lost: "
+        "mend that (free some space, or choose another folder) and run the same command again",
+    )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import typing
 from collections.abc import Callable, Sequence
@@ -152,6 +153,23 @@ def integers(text: str, *, count: int | None = None) -> list[int]:
                 raise ValueError(f"the range {part!r} ends before it begins")
             values += range(first, int(last) + 1) if ranged else [first]
     return values
+
+
+def json_mapping(text: str) -> dict[str, Any]:
+    """A JSON mapping; for ``type=`` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is something else.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"expected a JSON mapping such as '{{\"height\": 512}}', got {text!r}"
+        )
+    return value
 
 
 def default_device() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -55,6 +56,7 @@ def _part(*, in_peace: bool) -> None:
 
 def _hush() -> None:
     """No bars of loaders in log files."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets are imported late
     if "diffusers" not in sys.modules:  # a script without pipelines: nothing to hush
         return
     from diffusers.utils import logging

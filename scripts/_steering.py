@@ -56,7 +56,10 @@ def settings_from(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrated(args: argparse.Namespace) -> dict[str, float]:
     path = args.calibration
     path = path / "calibration.json" if path.is_dir() else path
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--calibration {path} is damaged ({error}); calibrate again") from error
     if args.guidance not in saved.get("settings", {}):
         raise ValueError(f"--calibration {path} says nothing on --guidance {args.guidance}")
     for name in ("classifier", "softplus"):

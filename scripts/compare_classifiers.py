@@ -79,6 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     data = load_images(args.data, split=args.split)
     guidance, evaluation = load_classifier("guidance"), load_classifier("evaluation")
+    known = guidance.config.class_names
+    if tuple(data.names) != known:
+        raise ValueError(
+            f"the classes of {args.data} are {', '.join(data.names)}; the classifiers know "
+            f"{', '.join(known)}, in that order: give data with these class names"
+        )
     rows = compare(guidance, evaluation, data, args.noise)
     print(table(rows, (guidance.id, evaluation.id)))
     if args.out:

@@ -14,9 +14,11 @@ seeds before and after, OUT/curves.png and OUT/metrics.json the numbers.
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,12 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", type=Path, help="text file, or JSONL of {prompt, metadata}")
     add("--eval-prompts", type=Path, help="prompts of evaluations (default: those of training)")
     add("--classes", help="class names or numbers by commas, for models that take classes")
-    add("--call", type=json.loads, default={}, help="JSON of further arguments of the pipeline")
+    add(
+        "--call",
+        type=_cli.json_mapping,
+        default={},
+        help="JSON of further arguments of the pipeline",
+    )
     add("--metrics", nargs="*", help="of evaluated images, such as fd diversity (needs the "
         "embedded model's reference); default: diversity for the embedded model")  # fmt: skip
     add(
@@ -107,6 +114,29 @@ def make_trainer(args: argparse.Namespace) -> ACFlowTrainer:
         accelerator=None,
         allow_change=args.allow_change,
     )
+
+
+@contextmanager
+def begun_anew(out: Path, overwrite: bool) -> Iterator[None]:
+    """Inside, the run in ``out`` is set aside; it is removed at the end, or back after an error."""
+    note, aside = out / "inputs.json", out.with_name(f".{out.name}.before")
+    if not overwrite or not note.exists():
+        yield
+        return
+    if os.environ.get("RANK", "0") != "0":  # rank 0 writes the new note once all ranks are inside
+        while note.exists():
+            time.sleep(0.1)
+        yield
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    out.rename(aside)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside)
 
 
 def prompts_of(pipe: Any, args: argparse.Namespace) -> Any:
@@ -161,9 +191,8 @@ def report(out: Path, folder: Path, judged: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if args.overwrite and (args.out / "inputs.json").exists():
-        shutil.rmtree(args.out)
-    trainer = make_trainer(args)
+    with begun_anew(args.out, args.overwrite):
+        trainer = make_trainer(args)
     if not args.save_only and not trainer.run():
         raise KeyboardInterrupt  # stopped by a signal: reported as every script does
     write_results(trainer)

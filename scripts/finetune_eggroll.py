@@ -49,7 +49,12 @@ def parser() -> argparse.ArgumentParser:
     add("--held-out", **more, help="what to watch without training on it")
     add("--prompts", type=Path, help="text file, or JSONL of {prompt, metadata}")
     add("--classes", help="class names or numbers by commas, for models that take classes")
-    add("--call", type=json.loads, default={}, help="JSON of further arguments of the pipeline")
+    add(
+        "--call",
+        type=_cli.json_mapping,
+        default={},
+        help="JSON of further arguments of the pipeline",
+    )
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16, but float32 on the CPU")
     add(

@@ -19,6 +19,7 @@ from pathlib import Path
 import _cli
 
 from diffsteer.training import TrainConfig, Trainer, averaged_pipeline, load_images
+from diffsteer.training.checkpoint import list_checkpoints
 from diffsteer.training.network import with_dtype
 from diffsteer.training.run_folder import read_run
 
@@ -49,9 +50,14 @@ def parser() -> argparse.ArgumentParser:
 
 def save_pipeline(out: Path) -> None:
     """Write OUT/model from the newest checkpoint."""
+    from diffsteer.pipelines.files import whole_folder  # diffusers takes seconds; --help has none
+
     pipe = averaged_pipeline(out)
     with_dtype(pipe.transformer, read_run(out)[0].save_dtype)
-    pipe.save_pretrained(out / "model")
+    with whole_folder(out / "model") as aside:
+        pipe.save_pretrained(aside)
+    step = int(list_checkpoints(out / "checkpoints")[-1].name.rpartition("-")[2])
+    print(f"{out / 'model'} is the pipeline, after {step} updates")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -71,8 +71,11 @@ def make_pipeline(model: nn.Module, target: Target, names: Sequence[str]) -> Any
 
 def save_weak(model: Any, folder: Path, target: Target) -> None:
     """Save early weights with a note of what they predict; a learned k was another one then."""
-    model.save_pretrained(folder)
-    (folder / "target.json").write_text(json.dumps(target) + "\n")
+    from ..pipelines.files import whole_folder
+
+    with whole_folder(folder) as aside:
+        model.save_pretrained(aside)
+        (aside / "target.json").write_text(json.dumps(target) + "\n")
 
 
 def _scheduler(target: Target) -> Any:

@@ -160,8 +160,12 @@ def test_overwrite_begins_anew(model, tmp_path):
     options += ["--metrics", "--eval-images", 0]
     assert finetune(*options) == 0
     assert finetune(*options, "--alpha", 2) == 2
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert finetune(*options, "--overwrite", "--lora-targets", "nowhere", "--tune", "lora") == 2
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before  # a mistake: kept
     assert finetune(*options, "--alpha", 2, "--overwrite") == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["alpha"] == 2
+    assert not list(tmp_path.glob(".run*"))
 
 
 def test_the_settings_of_the_page_are_settings_that_fit_eight_ranks(tmp_path):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import scripts_main
+from PIL import Image
 from tiny_flow import tiny_pipeline
 
 SCRIPTS = sorted(
@@ -86,3 +87,27 @@ def test_ctrl_c_leaves_evaluate_quietly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "make_suite", stop)
     assert module.main([str(tmp_path)]) == 130
     assert capsys.readouterr().err == "stopped; no result was written\n"
+
+
+def test_classifiers_are_compared_on_their_own_classes_only(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "data" / name / "0.png")
+    code = scripts_main.run("compare_classifiers", "--data", tmp_path / "data", "--split", "train")
+    error = capsys.readouterr().err
+    assert code == 2 and "are cat, dog; the classifiers know airplane, automobile" in error
+
+
+def test_a_mapping_that_is_none_is_named(capsys):
+    for text in ("{", "3"):
+        with pytest.raises(SystemExit, match="2"):
+            parser_of("finetune_eggroll").parse_args(["--out", "x", "--call", text])
+        assert "--call: expected a JSON mapping" in capsys.readouterr().err
+
+
+def test_a_damaged_calibration_is_named(tmp_path, capsys):
+    (tmp_path / "calibration.json").write_text("{")
+    options = ("--guidance", "gfcg", "--calibration", tmp_path, "--out", tmp_path / "x")
+    assert scripts_main.run("generate", *options) == 2
+    error = capsys.readouterr().err
+    assert "calibration.json is damaged" in error and "calibrate again" in error

@@ -46,6 +46,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_untouched(tmp_path, monkeypatc
     assert load_checkpoint(list_checkpoints(tmp_path)[-1])["step"] == 1
 
 
+def test_what_torch_says_of_a_full_disk_is_said_plainly(tmp_path, small_disk):
+    with small_disk(2000), pytest.raises(OSError, match=r"step 2 \(File too large.*make room"):
+        save_checkpoint(tmp_path, 2, state(2))
+    assert list(tmp_path.iterdir()) == []
+    with small_disk(2000), pytest.raises(OSError, match=r"File too large: .*note\.json"):
+        checkpoint.write_json(tmp_path / "note.json", ["x"] * 2000)
+
+
 def test_a_kill_while_writing_leaves_the_checkpoint_before_and_is_cleaned_up_later(tmp_path):
     save_checkpoint(tmp_path, 1, state(1))
     code = f"""
