@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_images(args.data, split=args.split)
     guidance, evaluation = load_classifier("guidance"), load_classifier("evaluation")
     known = guidance.config.class_names
-    if tuple(data.names) != known:
+    named = not all(name.isdigit() for name in data.names)  # a file of numbers alone is believed
+    if named and tuple(data.names) != known:
         raise ValueError(
             f"the classes of {args.data} are {', '.join(data.names)}; the classifiers know "
             f"{', '.join(known)}, in that order: give data with these class names"

@@ -13,7 +13,6 @@ OUT/grid.png shows the same images before and after, OUT/curves.png the rewards.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
