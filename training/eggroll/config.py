@@ -35,7 +35,7 @@ class EggrollConfig:
     """
 
     steps: int = setting(100, "generations", free=True)
-    population_size: int = setting(32, "members of a generation")
+    population_size: int = setting(64, "members of a generation")
     sigma: float = setting(0.003, "deviation of the perturbation of each weight")
     lr: float = setting(0.2, "sgd: step in units of sigma; adam, adamw: the step itself")
     rank: int = setting(1, "rank of the perturbations")
@@ -58,7 +58,7 @@ class EggrollConfig:
     mode: str = setting("lowrank", "materialize: one member at a time", choices=MODES)
     offload: bool = setting(False, "keep float32 offsets and first weights in main memory")
 
-    prompts_per_step: int = setting(10, "prompts that every member is asked for; 0: all")
+    prompts_per_step: int = setting(2, "prompts that every member is asked for; 0: all")
     images_per_prompt: int = setting(1, "images of each of them")
     common_noise: bool = setting(True, "all members start from the same noise (else all pairs)")
     baseline: bool = setting(False, "centre by the mean parameters, asked for the same images")
