@@ -43,9 +43,9 @@ from diffsteer.training.rewards import load_rewards
 
 # What suits the small model inside the package on two cores; the fields' defaults are for others.
 EMBEDDED = {
-    "tune": "full", "learning_rate": 1e-4, "epochs": 30, "prompts_per_epoch": 10,
-    "images_per_prompt": 16, "sample_batch": 80, "sample_steps": 20, "updates_per_epoch": 2,
-    "warmup_min": 3, "warmup_max": 5, "ramp": 2, "eval_every": 15, "eval_images": 200,
+    "tune": "full", "learning_rate": 1e-4, "epochs": 24, "prompts_per_epoch": 10,
+    "images_per_prompt": 16, "sample_batch": 80, "sample_steps": 10, "updates_per_epoch": 2,
+    "warmup_min": 3, "warmup_max": 5, "ramp": 2, "eval_every": 12, "eval_images": 200,
     "critic_width": 16,
 }  # fmt: skip
 
