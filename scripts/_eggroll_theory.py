@@ -48,24 +48,25 @@ class Matrix:
     columns: int = 4
 
 
-def theory_points(out: Path, quick: bool = False) -> Points:
+def theory_points(out: Path, quick: bool = False, *, make: bool = True) -> Points:
     """Everything that ``table`` shows; each part is kept in ``out`` and not made again.
 
     Args:
         out: the folder.
         quick: few draws and members, for a test.
+        make: what is missing; else it is left out.
     """
     parts: dict[str, Callable[[], Any]] = {"ranks": partial(rank_law, quick)}
     for rank in (*RANKS, DENSE):
         parts[f"cosines-{rank}"] = partial(cosines, rank, quick)
-    points: Points = {}
-    for name, make in parts.items():
+    points: Points = {"ranks": [], "cosines": []}
+    for name, function in parts.items():
         path = out / f"{name}{'-quick' if quick else ''}.json"
-        if not path.exists():
-            files.write_json(path, make())
-        points[name] = json.loads(path.read_text())
-    found = [points.pop(name) for name in parts if name != "ranks"]
-    return {**points, "cosines": [row for rows in found for row in rows]}
+        if make and not path.exists():
+            files.write_json(path, function())
+        if path.exists():
+            points[name.partition("-")[0]] += json.loads(path.read_text())
+    return points
 
 
 def rank_law(quick: bool) -> list[dict[str, float]]:
@@ -214,9 +215,8 @@ def dense_scores(dense: Dense, sampler: MemberSampler, asked: Questions, size: i
 
 def table(points: Mapping[str, Any]) -> str:
     """The points as Markdown; empty without points."""
-    if not points:
-        return ""
-    return f"{_rank_table(points['ranks'])}\n\n{_cosine_table(points['cosines'])}"
+    shown = {"ranks": _rank_table, "cosines": _cosine_table}
+    return "\n\n".join(make(points[name]) for name, make in shown.items() if points[name])
 
 
 def _rank_table(rows: Sequence[Mapping[str, float]]) -> str:

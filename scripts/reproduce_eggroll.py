@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             result |= judge(task.name, runs)
             files.write_json(path, result)
         found[task.name] = result
-    points = theory.theory_points(args.out / "theory", args.quick) if args.theory else {}
+    points = theory.theory_points(args.out / "theory", args.quick, make=args.theory)
     if not args.no_judge:
         page.write(args.out, found, theory.table(points), page=args.page, plots=args.plots)
 
