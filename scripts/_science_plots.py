@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsteer.eval.pareto import Mark, trade_off
-from diffsteer.pipelines import PointResult, files, image_grid
+from diffsteer.pipelines import files, image_grid
 from diffsteer.pipelines.image_folder import ImageFolder, ImageRequest
 
 if TYPE_CHECKING:
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 SHOWN = (
     "none", "cfg-2", "cfg-6", "cfg-12", "apg-6", "apg-12", "auto-2", "auto-gfcg-2", "cfg2-gfcg-1",
     "elucd-0.5", "cfg2-elucd", "mp2-4", "cfg30-4",
+)  # fmt: skip
+PLOTTED = (  # as many as there are colours
+    "no guidance", "CFG", "APG", "GFCG-style", "CFG 2 + GFCG-style", "EluCD", "CFG 2 + EluCD",
+    "CFG-MP, K=1, 18 steps", "autoguidance", "CFG 6 in (0.2, 0.9]",
 )  # fmt: skip
 
 
@@ -43,18 +47,12 @@ def write(study: Study, folder: Path) -> list[Path]:
     return written
 
 
-def _short(found: PointResult) -> str:
-    """Variants of one method share a colour."""
-    family = found.point.family
-    return family.split(",")[0] if family.startswith(("CFG-MP", "EluCD")) else family
-
-
 def _trade(study: Study, x: str, y: str, higher: tuple[bool, bool]) -> Any:
     marks = []
-    for found in study.results:
+    for found in (f for f in study.results if f.point.family in PLOTTED):
         across, up = (study.scores[found.point.name][axis] for axis in (x, y))
         scale = "" if found.point.scale is None else f"{found.point.scale:g}"
-        marks.append(Mark(_short(found), scale, across.value, up.value))
+        marks.append(Mark(found.point.family, scale, across.value, up.value))
     return trade_off(marks, x_label=x, y_label=y, higher=higher)
 
 
