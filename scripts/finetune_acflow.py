@@ -43,15 +43,16 @@ from diffsteer.training.rewards import load_rewards
 
 # What suits the small model inside the package on two cores; the fields' defaults are for others.
 EMBEDDED = {
-    "tune": "full", "learning_rate": 1e-4, "epochs": 24, "prompts_per_epoch": 10,
-    "images_per_prompt": 16, "sample_batch": 80, "sample_steps": 10, "updates_per_epoch": 2,
-    "warmup_min": 3, "warmup_max": 5, "ramp": 2, "eval_every": 12, "eval_images": 200,
+    "tune": "full", "learning_rate": 1e-4, "epochs": 30, "prompts_per_epoch": 10,
+    "images_per_prompt": 16, "sample_batch": 80, "sample_steps": 20, "updates_per_epoch": 2,
+    "warmup_min": 3, "warmup_max": 5, "ramp": 2, "eval_every": 15, "eval_images": 200,
     "critic_width": 16,
 }  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s --out OUT --reward REWARD [options]   (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -191,6 +192,8 @@ def report(out: Path, folder: Path, judged: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if args.save_only and not (args.out / "inputs.json").exists():
+        raise ValueError(f"--save-only: there is no run in {args.out}")
     with begun_anew(args.out, args.overwrite):
         trainer = make_trainer(args)
     if not args.save_only and not trainer.run():
