@@ -35,11 +35,11 @@ def draw_curves(out: str | Path) -> Path | None:
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, 1 + len(names), squeeze=False)[0])
     axes[0].plot([x["generation"] for x in lines], [x["reward"] for x in lines], lw=0.8)
-    axes[0].set(xlabel="generation", ylabel="mean reward of the population")
+    axes[0].set(xlabel="generation", ylabel="all members, fresh images", title="mean reward")
     for axis, name in zip(axes[1:], names, strict=True):
         known = [point for point in points if name in point]
         axis.plot([p["generation"] for p in known], [p[name] for p in known], "o-")
-        axis.set(xlabel="generation", ylabel=f"{name}, mean parameters")
+        axis.set(xlabel="generation", ylabel="mean parameters, fixed images", title=name)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_bytes(out / "curves.png", buffer.getvalue())
