@@ -121,7 +121,7 @@ def curves_over_k(result: EvalResult) -> Any:
     figure, axes = _figure()
     for name, (ks, values) in curves.items():
         axes.plot(ks, values, "o-", label=name.removesuffix(OVER_K))
-    axes.set(xlabel="k", ylim=(0, None))
+    axes.set(xlabel="k", xticks=ks, ylim=(0, None))
     axes.legend(frameon=False)
     return figure
 

@@ -25,11 +25,13 @@ from diffsteer.eval import (
 )
 from diffsteer.eval.frechet import (
     Gaussian,
+    _sandwich,
     frechet_distance_of_moments,
     frechet_distance_to,
     pivoted_cholesky,
 )
 from diffsteer.eval.kernel import polynomial_kernel
+from diffsteer.eval.moments import _gram
 from diffsteer.eval.neighbours import nearest, pair_up, radii_squared
 
 few = settings(max_examples=25, deadline=None)
@@ -108,6 +110,18 @@ def test_the_smaller_factor_gives_the_same_distance(seed, few_rows, dim):
     value = frechet_distance_to(reference, b.mean, b.covariance)
     hinted = frechet_distance_to(reference, b.mean, b.covariance, rank=few_rows - 1)
     assert hinted == pytest.approx(value, rel=1e-9)
+
+
+@few
+@given(seeds, st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.booleans())
+def test_block_by_block_products_are_the_products(seed, dim, rank, block, triangular):
+    factor = draw(seed, dim, dim).tril() if triangular else draw(seed, dim, rank)
+    root = draw(seed + 1, dim, dim)
+    middle = root + root.T
+    plain = factor.T @ middle @ factor
+    near = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(_sandwich(factor, middle, block=block).tril(), plain.tril(), **near)
+    torch.testing.assert_close(_gram(factor, block=block), factor.T @ factor, **near)
 
 
 def test_an_indefinite_matrix_is_no_covariance():
