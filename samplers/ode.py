@@ -8,6 +8,7 @@ means.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,19 +106,32 @@ def dpmpp_2m_step(
             step).
         level: what a sigma means: ``Level.ve`` (default) or ``Level.flow``.
     """
-    now, then = level(sigma), level(sigma_next)
     x, denoised = look(denoise, x, sigma)
-    last = None if memory is None else memory.get("dpmpp_2m")
-    guess = denoised
     if sigma_next == 0:
         return denoised
-    if last is not None:
-        # At sigma = 1 of a flow the log-SNR is -inf: r would be infinite, which is no correction.
-        log_now, log_then = now.ratio.log(), then.ratio.log()
-        r = (last[1].log() - log_now) / (log_now - log_then)
-        if bool(torch.isfinite(r)):
-            guess = denoised + (denoised - last[0]) / (2 * r)
+    now, then = level(sigma), level(sigma_next)
+    # Numbers, not tensors: on the CPU, where ``integrate`` keeps its grid, reading them is free.
+    ratio, guess = float(now.ratio), denoised
     if memory is not None:
-        memory["dpmpp_2m"] = (denoised, now.ratio)
-    keep = then.sigma / now.sigma
-    return keep * x + (then.alpha - keep * now.alpha) * guess
+        if "dpmpp_2m" in memory:
+            guess = _foreseen(denoised, memory["dpmpp_2m"], ratio, float(then.ratio))
+        memory["dpmpp_2m"] = (denoised, ratio)
+    keep = float(then.sigma / now.sigma)
+    share = float(then.alpha) - keep * float(now.alpha)
+    if guess.dtype != x.dtype:
+        return keep * x + share * guess
+    if abs(keep + share - 1) < 8 * torch.finfo(x.dtype).eps:  # in a flow and in EDM it always is
+        return torch.lerp(guess, x, keep)
+    return torch.add(share * guess, x, alpha=keep)
+
+
+def _foreseen(
+    denoised: Tensor, last: tuple[Tensor, float], ratio: float, ratio_next: float
+) -> Tensor:
+    """The denoised prediction carried on by half a step along the line through the last two.
+
+    In log-SNR; at sigma = 1 of a flow that is infinite, which is no correction.
+    """
+    before, ratio_before = last
+    r = math.log(ratio_before / ratio) / math.log(ratio / ratio_next)
+    return torch.lerp(before, denoised, 1 + 1 / (2 * r)) if math.isfinite(r) else denoised

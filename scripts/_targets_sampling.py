@@ -13,7 +13,7 @@ from diffsteer.core.student import student_noise
 from diffsteer.samplers import heun_step, integrate, karras_sigmas
 from diffsteer.samplers.pfgmpp import input_scale
 
-STEPS, SIGMA_MAX = 18, 80.0
+STEPS, SIGMA_MAX, INJECTED = 18, 80.0, 1_000_000
 
 
 def edm_sampler(
@@ -35,6 +35,9 @@ def edm_sampler(
     @torch.no_grad()
     def generate(seeds: list[int], labels: Tensor) -> Tensor:
         generators = seeded_generators(seeds)
+        # Of their own: a finite D draws its factor from the first, and the noise that is injected
+        # must be the same at every D, or the distances of the rows differ by that alone.
+        injected = seeded_generators([seed + INJECTED for seed in seeds])
         branches = [labels] if scale == 1 else [torch.full_like(labels, null), labels]
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def edm_sampler(
             memory["steps"] = memory.get("steps", 0) + 1
             risen = (1 + memory["steps"] * alpha**2) ** 0.5 if told else 1.0
             if alpha:
-                fresh = torch.stack([torch.randn(shape, generator=g) for g in generators])
+                fresh = torch.stack([torch.randn(shape, generator=g) for g in injected])
                 x = x + alpha * now * fresh
             return heun_step(fn, x, risen * now, risen * then)
 

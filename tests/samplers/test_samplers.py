@@ -139,6 +139,25 @@ def test_churn_keeps_the_marginal_and_gamma_zero_is_heun():
     torch.testing.assert_close(quiet, integrate(ve_denoise, x, grid, heun_step), rtol=0, atol=0)
 
 
+def test_multistep_solver_takes_any_level():
+    """Variance preserving samples are those of EDM times alpha, step for step."""
+
+    def vp(s):
+        return Level((1 + s**2).rsqrt(), s * (1 + s**2).rsqrt())
+
+    def denoise(x, s):
+        return ve_denoise(x / vp(s).alpha, s)
+
+    x, grid = torch.randn(5, 3, dtype=torch.float64), karras_sigmas(6, 0.05, 4.0)[:-1]
+    step = functools.partial(dpmpp_2m_step, level=vp)
+    found = integrate(denoise, x * vp(grid[0]).alpha, grid, step)
+    want = integrate(ve_denoise, x, grid, dpmpp_2m_step) * vp(grid[-1]).alpha
+    torch.testing.assert_close(found, want)
+    start = (x * vp(grid[0]).alpha).float()
+    narrow = integrate(lambda *a: denoise(*a).bfloat16(), start, grid, step)
+    assert narrow.dtype == torch.float32 and (narrow - found).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_euler_in_one_pass_is_the_formula(dtype):
     x, denoised = torch.randn(2, 64, 5, dtype=dtype)
