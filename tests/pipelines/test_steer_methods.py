@@ -20,6 +20,7 @@ from diffsteer.guidance import (
     ManifoldProjectedGuidance,
 )
 from diffsteer.guidance.cfgmp import flow_sigma
+from diffsteer.pipelines.labels import known_classes
 from diffsteer.pipelines.levels import LevelReader
 
 CFG = ClassifierFreeGuidance(3.0)
@@ -97,6 +98,16 @@ def test_gfcg_reads_the_class_and_asks_for_another():
     with steer(tiny.pipe, CFG):
         plain = tiny.call()
     assert torch.isfinite(guided).all() and not torch.allclose(guided, plain, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name, classes", [("dit", 1000), ("pixart", None), ("sd", None)])
+def test_a_step_knows_how_many_classes_there_are(name, classes):
+    tiny, spy = build(name), Spy()
+    with steer(tiny.pipe, spy):
+        tiny.call()
+    assert {step.classes for step in spy.steps} == {classes}
+    compiled = torch.compile(getattr(tiny.pipe, tiny.denoisers[0]), backend="eager")
+    assert known_classes(compiled) == classes
 
 
 def test_gfcg_says_what_is_missing_where_there_are_no_classes():
