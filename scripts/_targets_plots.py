@@ -23,7 +23,10 @@ def figure(columns: int) -> tuple[Any, Any]:
     Raises:
         ImportError: if matplotlib is missing.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install diffsteer[plots]") from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

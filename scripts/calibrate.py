@@ -37,6 +37,7 @@ from diffsteer.pipelines.files import write_bytes, write_json
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s --out OUT [options]   (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def run_evaluate(arguments: list[str]) -> int:
     out = None if options.out is None else metrics_file(options.out)
     if options.plots and out is None:
         raise ValueError("--plots writes beside metrics.json: pass --out too")
+    if (options.plots or options.html) and find_spec("matplotlib") is None:
+        raise ImportError("plots need matplotlib: pip install diffsteer[plots]")
     text = Path(options.json) if options.json and options.json != "-" else None
     for path in (out, text, options.html):
         if path is not None and path.exists() and not options.overwrite:

@@ -35,6 +35,7 @@ from diffsteer.training.rewards import load_rewards
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s --out OUT [options]   (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -109,6 +110,8 @@ def build(args: argparse.Namespace, config: EggrollConfig, state: Any) -> Eggrol
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if args.save_only and not (args.out / "config.json").exists():
+        raise ValueError(f"--save-only: there is no run in {args.out}")
     config = read_config(args, EggrollConfig)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

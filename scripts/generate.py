@@ -31,6 +31,7 @@ from diffsteer.pipelines import (
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s --out OUT [options]   (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -158,6 +158,8 @@ def run_toys(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if min(args.budget, args.samples) < 1:
+        raise ValueError("--budget and --samples must be at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     runs = []
     judge_base(args)

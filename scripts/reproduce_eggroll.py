@@ -22,7 +22,7 @@ import _eggroll_page as page
 import _eggroll_theory as theory
 import torch
 from _eggroll_judge import Judge
-from _eggroll_runs import Runs, tasks_of
+from _eggroll_runs import Runs, moved, tasks_of
 
 from diffsteer.pipelines import files
 
@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    unknown = sorted(set(args.only or ()) - {task.name for task in tasks})
+    if unknown:
+        raise ValueError(f"--only {unknown[0]} is no task; --list prints them")
     runs, judge, found = Runs(args), Judge(args), {}
     for task in tasks:
         path = args.out / "tasks" / f"{task.name}.json"
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.no_judge and result.get("judge") != judge.who:
             result |= judge(task.name, runs)
             files.write_json(path, result)
-        found[task.name] = result
+        found[task.name] = {**result, "moved": moved(args.out, task.name)}
     points = theory.theory_points(args.out / "theory", args.quick, make=args.theory)
     if not args.no_judge:
         page.write(args.out, found, theory.table(points), page=args.page, plots=args.plots)

@@ -29,6 +29,7 @@ SHOWN = ("accuracy", "precision", "recall", "saturation")
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s --out OUT [options] --rule METHOD [its options] ...   (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         skipped = {reason for found in results for reason in found.result.skipped.items()}
         for metric, reason in sorted(skipped):
             print(f"no {metric}: {reason}")
-        print(f"\n{args.out / 'sweep.csv'}, plots and grid.png are beside it")
+        pictures = ", ".join(sorted(path.name for path in args.out.glob("*.png")))
+        print(f"\n{args.out / 'sweep.csv'}; beside it {pictures}")
 
 
 if __name__ == "__main__":

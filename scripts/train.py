@@ -26,6 +26,7 @@ from diffsteer.training.run_folder import read_run
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s --out OUT [options]   (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -23,6 +23,7 @@ from ..eval.classifiers import (
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
 from .classifier_recipe import ClassifierTraining, epoch_batches, learning_rate, whitening_filters
 from .data import LabelledImages
+from .run_folder import check_free
 
 __all__ = [
     "ClassifierTraining",
@@ -217,6 +218,7 @@ def _resume(
     """Load the newest checkpoint of ``out``, if there is one; returns the log so far."""
     found = list_checkpoints(out / "checkpoints")
     if not found:
+        check_free(out)
         return []
     state = load_checkpoint(found[-1])
     now = asdict(config)

@@ -173,8 +173,12 @@ def _as_input(pixels: Tensor, flip: Tensor) -> Tensor:
 
 def _open(source: str, split: str) -> Any:
     """The table of one split, with errors that say what to do."""
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"reading {source!r} needs the datasets library: pip install diffsteer[train]"
+        ) from error
     path = Path(source).expanduser()
     local = path.exists() or path.is_absolute() or source.startswith((".", "~"))
     if local and not path.exists():

@@ -17,6 +17,7 @@ from .data import Images
 
 __all__ = [
     "append_line",
+    "check_free",
     "check_run",
     "keep_lines",
     "newest_state",
@@ -28,6 +29,21 @@ __all__ = [
 
 CONFIG, DATA, HISTORY = "config.json", "data.json", "history.jsonl"
 CURVE, SCORES = "loss.jsonl", "scores.jsonl"
+
+
+def check_free(out: Path) -> None:
+    """Refuse a folder in which no run was begun and somebody else's files lie.
+
+    Folders in it are no obstacle: trackers make theirs before the run begins.
+
+    Raises:
+        CheckpointError: with the name of such a file.
+    """
+    files = sorted(p.name for p in out.glob("*") if p.is_file() and not p.name.startswith("."))
+    if files:
+        raise CheckpointError(
+            f"{out} holds {files[0]} and no training run; give another folder as --out"
+        )
 
 
 def check_run(
@@ -46,11 +62,14 @@ def check_run(
 
     Raises:
         CheckpointError: another field differs; the message names it, both values and the remedy.
+            Or the folder holds something else.
     """
     known = [*asdict(config), "data"]
     for name in allow_change:
         if name not in known:
             raise ValueError(f"allow_change names {name!r}; the settings are {', '.join(known)}")
+    if not (out / CONFIG).exists():
+        check_free(out)
     changed = config.changes(_read(out / CONFIG)) if (out / CONFIG).exists() else {}
     if (out / DATA).exists():
         before, now = _read(out / DATA)["digest"], images.digest()

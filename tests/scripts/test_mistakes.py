@@ -111,3 +111,52 @@ def test_a_damaged_calibration_is_named(tmp_path, capsys):
     assert scripts_main.run("generate", *options) == 2
     error = capsys.readouterr().err
     assert "calibration.json is damaged" in error and "calibrate again" in error
+
+
+@pytest.mark.parametrize("name", ["train", "finetune_acflow", "finetune_eggroll"])
+def test_a_folder_of_something_else_is_left_alone(name, tmp_path, capsys):
+    tiny_pipeline("denoised").save_pretrained(tmp_path / "model")
+    for number, label in enumerate(("cat", "dog")):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / label / f"{number}.png")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    options = {
+        "train": ("--data", tmp_path / "data", "--resolution", 8, "--layers", 1, "--steps", 1),
+        "finetune_acflow": ("--model", tmp_path / "model", "--reward", "brightness", "--metrics"),
+        "finetune_eggroll": ("--model", tmp_path / "model", "--reward", "brightness"),
+    }
+    assert scripts_main.run(name, *options[name], "--out", tmp_path / "mine") == 2
+    assert "mine holds thesis.tex and no training run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["finetune_acflow", "finetune_eggroll", "train"])
+def test_nothing_is_saved_of_a_run_that_is_not_there(name, tmp_path, capsys):
+    options = {"finetune_acflow": ("--reward", "jpeg")}.get(name, ())
+    assert scripts_main.run(name, *options, "--save-only", "--out", tmp_path / "run") == 2
+    assert "there is no" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+MISTAKES = {
+    "reproduce_eggroll": (("--only", "nope"), "--only nope is no task"),
+    "reproduce_acflow": (("--samples", 0), "--samples must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_study_names_what_it_does_not_know(name, tmp_path, capsys):
+    options, text = MISTAKES[name]
+    assert scripts_main.run(name, *options, "--out", tmp_path / "out") == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_plots_are_refused_before_the_work_where_they_cannot_be_drawn(
+    tmp_path, monkeypatch, capsys
+):
+    module = scripts_main.load("evaluate")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert module.main(["nowhere", "--plots", "--out", str(tmp_path)]) == 2
+    assert "diffsteer[plots]" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint import CheckpointError, write_json
 from ..prompts import Prompt
-from ..run_folder import keep_lines, note_versions, read_lines
+from ..run_folder import check_free, keep_lines, note_versions, read_lines
 from .config import ACFlowConfig
 
 __all__ = ["LOG", "check_same_run", "note_start", "prompts_digest", "read_log"]
@@ -51,6 +51,7 @@ def check_same_run(
         if name not in known:
             raise ValueError(f"allow_change names {name!r}; the settings are {', '.join(known)}")
     if not (out / CONFIG).exists():
+        check_free(out)
         return {}
     saved, before = _read(out / CONFIG), _read(out / INPUTS)
     if set(saved) != set(asdict(config)):

@@ -21,7 +21,7 @@ from ...pipelines.grid import image_grid
 from ..checkpoint import CheckpointError, write_json
 from ..prompts import Prompt
 from ..rewards import RewardScores, RewardSet
-from ..run_folder import append_line, read_lines
+from ..run_folder import append_line, check_free, read_lines
 from .config import EggrollConfig
 from .members import MemberSampler
 from .questions import Questions, fixed_questions
@@ -76,6 +76,7 @@ class Records:
                 )
         path = self.out / CONFIG
         if not path.exists():
+            check_free(self.out)
             return
         try:
             saved = json.loads(path.read_text())
