@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -10,18 +9,15 @@ from pathlib import Path
 import pytest
 from eval_samples import TinyNet, tiny_extractor
 from PIL import Image
+from scripts_main import load
 
 import diffsteer.eval.pretrained as pretrained
-from diffsteer.eval import Extractor
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+from diffsteer.eval import Extractor, read_statistics
 
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("evaluate")
     monkeypatch.setitem(pretrained.EXTRACTORS, "cifar", lambda settings, device: tiny_extractor())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return module
@@ -184,6 +180,33 @@ def test_a_page_and_plots_are_written_beside_the_result(script, folders, tmp_pat
     assert script.main([fake, "--reference", real, "--html", str(page)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert script.main([fake, "--reference", real, "--plots"]) == 2
+
+
+def test_an_existing_json_file_is_kept_and_said_before_any_work(script, folders, tmp_path, capsys):
+    text = tmp_path / "result.json"
+    text.write_text("mine")
+    assert script.main([folders[0], "--json", str(text)]) == 2
+    error = capsys.readouterr().err
+    assert "--overwrite" in error and "fd-tiny" not in error and text.read_text() == "mine"
+    assert script.main([folders[0], "--json", str(text), "--overwrite"]) == 0
+    assert json.loads(text.read_text())["values"]
+
+
+def test_statistics_name_the_data_and_no_place_on_this_machine(script, folders, tmp_path):
+    (Path(folders[1]) / "images" / "notes.txt").write_text("no image")
+    assert script.main(["stats", folders[1], "--out", str(tmp_path / "ref.npz")]) == 0
+    header = read_statistics(tmp_path / "ref.npz").header
+    assert header["data"] == "real" and header["warnings"]
+    assert str(tmp_path) not in json.dumps(header)
+
+
+def test_the_curves_over_k_are_scored_where_they_are_named(script, folders, capsys):
+    options = [folders[0], "--reference", folders[1], "--json", "-", "--metrics"]
+    assert script.main([*options, "all"]) == 0
+    assert "recall-over-k" not in json.loads(capsys.readouterr().out)["curves"]
+    assert script.main([*options, "all,over_k"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["curves"]["recall-over-k"][1][2] == found["values"]["recall"]  # k = 3
 
 
 def test_without_a_reference_what_needs_none_is_scored(script, folders, capsys):

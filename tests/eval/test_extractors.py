@@ -8,7 +8,8 @@ import torch
 from eval_samples import TinyNet, tensors, tiny_extractor
 from PIL import Image
 
-from diffsteer.eval import Extractor
+from diffsteer.eval import Extractor, cifar_extractor
+from diffsteer.eval.reference import statistics_for
 from diffsteer.eval.resize import RESIZES, resized, tf1_bilinear
 
 
@@ -101,3 +102,15 @@ def test_the_embedded_network_sees_each_image_by_itself():
     )
     expected = extractor.network(images.float() / 255)
     torch.testing.assert_close(whole.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_embedded_reference_is_of_the_embedded_network():
+    extractor = cifar_extractor()
+    assert ("-mirrored@" in extractor.id) == extractor.network.config.mirrored
+    known, remarks = statistics_for(extractor, None)  # refuses another identity
+    assert not remarks and known.count == 10_000 and known.features.shape == (5000, known.dim)
+    assert known.dim == extractor.network.feature_size and len(known.labels) == 5000
+    assert "/" not in str(known.header["warnings"])  # no path of the machine that made it
+    # The rows are a random subset of the images that the moments are of.
+    gap = (known.features.double().mean(0) - known.mean) / known.covariance.diagonal().sqrt()
+    assert float(gap.abs().max()) < 5 / 5000**0.5

@@ -50,6 +50,18 @@ def test_other_counts_than_the_reference_are_said_also_of_statistics():
     assert not said(result_of(tensors(40, 2), reference=unknown), "generated against")
 
 
+def test_precision_and_recall_say_that_the_two_counts_differ():
+    result = result_of(tensors(40, 2), tensors(60, 1), settings=Settings(neighbours_real=50))
+    assert said(result, "50 real with 40 generated", "depend on both")
+    same = result_of(tensors(40, 2), tensors(60, 1), settings=Settings(neighbours_real=40))
+    assert not said(same, "depend on both counts")
+
+
+def test_floats_that_were_cast_to_uint8_are_suspected():
+    assert said(result_of((tensors(20, 2) > 99).to(torch.uint8)), "flat", "cast to uint8")
+    assert not said(result_of(tensors(20, 2)), "flat")
+
+
 def test_too_few_samples_for_neighbours_and_splits():
     result = result_of(tensors(3, 2), tensors(9, 1))
     assert "k = 3" in result.skipped["pr"] and "3 generated" in result.skipped["pr"]
