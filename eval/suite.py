@@ -33,7 +33,7 @@ class EvalSuite:
     them: whatever needs an order takes that of the samples' content.
 
     Args:
-        metrics: names from ``scores.METRICS``.
+        metrics: names from ``scores.METRICS``, or one of them.
         extractors: one or several; the embedded CIFAR-10 network by default. Each runs once.
         settings: a protocol's name, or ``Settings``.
         reference: statistics (a file or ``Statistics``) for the first extractor. None takes the
@@ -52,7 +52,7 @@ class EvalSuite:
 
     def __init__(
         self,
-        metrics: Sequence[str] = DEFAULT_METRICS,
+        metrics: Sequence[str] | str = DEFAULT_METRICS,
         *,
         extractors: Sequence[Extractor] | Extractor | None = None,
         settings: str | Settings = "default",
@@ -62,6 +62,7 @@ class EvalSuite:
         max_rows: int | None = None,
         row_dtype: torch.dtype = torch.float32,
     ) -> None:
+        metrics = (metrics,) if isinstance(metrics, str) else metrics
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
             raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {unknown or 'none'}")

@@ -63,13 +63,8 @@ def parser() -> argparse.ArgumentParser:
         help="cpu, cuda, ... (default: the accelerator if there is one)",
     )
     add("--threads", type=int, help="CPU threads of each process")
-    add(
-        "--allow-change",
-        nargs="+",
-        default=[],
-        metavar="SETTING",
-        help="what may differ on resuming",
-    )
+    named: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "SETTING"}
+    add("--allow-change", **named, help="what may differ on resuming")
     add("--save-only", action="store_true", help="save what the run has reached, train nothing")
     add("--traceback", action="store_true", help="show where an error comes from")
     add_config_options(parser, EggrollConfig)

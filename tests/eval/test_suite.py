@@ -41,6 +41,12 @@ def fed(extractor, fake, real=None, labels=None, batch=16, **options):
     return suite
 
 
+def test_the_name_of_one_metric_is_a_metric_and_not_its_letters():
+    assert suite_of(tiny_extractor(), "fd").metrics == ("fd",)
+    with pytest.raises(ValueError, match=r"got \['fdd'\]"):
+        suite_of(tiny_extractor(), "fdd")
+
+
 @pytest.fixture
 def pair():
     return tensors(60, 1), tensors(60, 2)
