@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -110,19 +109,14 @@ def known_classes(network: Any) -> int | None:
     """The number of class labels of a DiT or UNet, without the null class; None for any other."""
     network = plain(network)
     config = getattr(network, "config", None) or {}
-    if not _takes_labels(type(network)):  # PixArt has DiT's embeddings, and no classes
-        return None
+    if "class_labels" not in inspect.signature(network.forward).parameters:
+        return None  # PixArt has DiT's embeddings, and no classes
     if config.get("num_embeds_ada_norm"):
         return int(config["num_embeds_ada_norm"])
     # The embeddings of a UNet2DConditionModel may be of anything, e.g. of a noise level.
     if type(network).__name__ == "UNet2DModel" and config.get("num_class_embeds"):
         return int(config["num_class_embeds"]) - 1  # the last row is the null class
     return None
-
-
-@cache
-def _takes_labels(kind: type[Any]) -> bool:
-    return "class_labels" in inspect.signature(kind.forward).parameters
 
 
 def check_names(id2label: Mapping[Any, str] | None, num_classes: int) -> dict[int, str]:
