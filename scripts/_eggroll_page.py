@@ -49,14 +49,14 @@ def table(found: Results, reward: str) -> str:
     heads = [COLUMNS[name][0] for name in names]
     lines = [
         f"### {TITLES[reward]}\n",
-        "| run | passes | gain | " + " | ".join(heads) + " | s |",
-        "|" + "---|" * (4 + len(names)),
-        "| start | | | " + " | ".join(_value(start, name) for name in names) + " | |",
+        "| run | passes | moved | gain | " + " | ".join(heads) + " | s |",
+        "|" + "---|" * (5 + len(names)),
+        "| start | | | | " + " | ".join(_value(start, name) for name in names) + " | |",
     ]
     for row in rows:
         gain, error = paired(row["rewards"][reward], start["rewards"][reward])
         passes = str(row["curve"][-1][0]) if row["curve"] else "0"
-        cells = [row["name"], passes, f"{gain:+.4f} ± {error:.4f}"]
+        cells = [row["name"], passes, f"{row['moved']:.2f}", f"{gain:+.4f} ± {error:.4f}"]
         cells += [_change(row, start, name) for name in names] + [f"{row['seconds']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -204,3 +204,12 @@ def load_weights(pipe: Any, out: Path, name: str) -> None:
     """Put what a task has reached into a pipeline."""
     state = torch.load(out / "weights" / f"{name}.pt", weights_only=True)
     pipe.transformer.load_state_dict(state)
+
+
+def moved(out: Path, name: str) -> float:
+    """The Euclidean norm of what a task has changed."""
+    start, end = (
+        torch.load(out / "weights" / f"{task}.pt", weights_only=True) for task in ("start", name)
+    )
+    changes = [(end[key].double() - start[key].double()).square().sum() for key in start]
+    return float(torch.stack(changes).sum().sqrt())
