@@ -117,9 +117,9 @@ def test_a_network_that_is_told_of_the_noise_removes_it():
         spreads[name] = float(generate(list(range(40)), labels).std())
         assert len(seen) == 2 * sampling.STEPS - 1
         assert seen[0] == pytest.approx(80 * (1.09**0.5 if name == "told" else 1), rel=1e-4)
-    assert spreads["quiet"] == pytest.approx(spread, rel=0.05)
-    assert spreads["told"] == pytest.approx(spread, rel=0.05)
-    assert spreads["noise"] > 1.15 * spread
+    assert spreads["quiet"] == pytest.approx(spread, rel=0.1)  # 18 steps
+    assert spreads["told"] == pytest.approx(spreads["quiet"], rel=0.04)
+    assert spreads["noise"] > 1.3 * spreads["quiet"]
 
 
 def test_toy_parts_are_done_once_and_reported(tmp_path, monkeypatch):
