@@ -215,7 +215,7 @@ def draw(runs: Sequence[Run], path: Path) -> bool:
     except ImportError:
         return False
     rewards = list(dict.fromkeys(run.reward for run in runs))
-    figure = Figure(figsize=(5 * len(rewards), 3.2), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(rewards) + 2, 3.2), layout="constrained")
     axes = figure.subplots(1, len(rewards), squeeze=False)[0]
     for axis, reward in zip(axes, rewards, strict=True):
         for run in (run for run in runs if run.reward == reward):
@@ -229,7 +229,7 @@ def draw(runs: Sequence[Run], path: Path) -> bool:
         axis.set_xlabel("denoiser evaluations")
     axes[0].set_ylabel("mean reward of an epoch")
     fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
-    fullest.legend(fontsize=7)
+    figure.legend(*fullest.get_legend_handles_labels(), loc="outside right center", fontsize=7)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     files.write_bytes(path, buffer.getvalue())
