@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from eval_samples import tensors, tiny_extractor
@@ -135,3 +137,22 @@ def test_moments_travel_as_one_row():
     found, sums = Moments.unpacked(Moments.of(x).packed()), Moments.of(x)
     assert found.count == 9 and torch.equal(found.scatter, sums.scatter)
     assert torch.equal(found.mean, sums.mean)
+
+
+def test_sums_of_later_samples_are_added_to_those_of_earlier_ones(features, monkeypatch):
+    monkeypatch.setattr(bank_module, "_SETTLE", 10)
+    bank = FeatureBank(max_rows=20)
+    for part in parts_of(features[1], torch.arange(60), [13, 13, 13, 13]):
+        bank.add(part)
+    (sums,) = bank.moments().values()
+    whole = Moments.of(features[1].taps["tiny/features"])
+    assert sums.count == 60
+    torch.testing.assert_close(sums.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums.scatter, whole.scatter, rtol=1e-12, atol=1e-12)
+
+
+def test_copies_of_an_image_with_other_labels_have_an_order_of_their_own(features):
+    copies = features[0].rows(torch.zeros(6, dtype=torch.int64))
+    for column in ("labels", "prompts"):
+        marked = replace(copies, **{column: torch.tensor([3, 0, 5, 1, 4, 2])})
+        assert getattr(marked.canonical(), column).tolist() == [0, 1, 2, 3, 4, 5]

@@ -105,3 +105,20 @@ def test_one_extracts_and_the_other_waits_and_finds_it(make_folder, tmp_path):
     assert most == [1] and sorted(read.cached for read in found) == [False, True]
     assert torch.equal(found[0].features.keys, found[1].features.keys)
     assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_a_key_holds_every_part_and_where_it_ends():
+    plain = FeatureCache.key("files", "net", [1, 2], "fail")
+    assert plain == FeatureCache.key("files", "net", [1, 2], "fail")
+    others = [("filesn", "et", [1, 2], "fail"), ("files", "net2", [1, 2], "fail"),
+              ("files", "net", [12], "fail"), ("files", "net", [1, 2], "skip")]  # fmt: skip
+    assert len({plain, *(FeatureCache.key(*other) for other in others)}) == 5
+
+
+def test_a_file_of_the_same_size_and_another_date_is_another_file(make_folder):
+    folder = make_folder("fake", 3)
+    before = open_images(folder).fingerprint
+    assert open_images(folder).fingerprint == before
+    image = folder / "images" / "000001.png"
+    os.utime(image, ns=(image.stat().st_atime_ns, image.stat().st_mtime_ns + 1000))
+    assert open_images(folder).fingerprint != before
