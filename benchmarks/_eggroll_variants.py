@@ -10,25 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from _real_size import SD3_MEDIUM
 from torch import Tensor, nn
 
 from diffsteer import load_embedded
 from diffsteer.training.eggroll import NoiseFormat, find_layers, member_noise, perturbed
 
 SIGMA = 5e-3
-# SD3-medium (stabilityai/stable-diffusion-3-medium, transformer/config.json)
-SD3_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 192,
-}
 Arguments = dict[str, Any]
 
 

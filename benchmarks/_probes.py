@@ -1,9 +1,13 @@
-"""What a computation costs besides time: live memory, and reads of device values by the host."""
+"""What a computation costs: time, live memory, and reads of device values by the host."""
 
 from __future__ import annotations
 
+import argparse
+import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,3 +63,19 @@ class PeakMemory(TorchDispatchMode):
         self._live = {k: v for k, v in self._live.items() if not v[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return result
+
+
+def clocked(run: Callable[[], Any], options: argparse.Namespace) -> float:
+    """Seconds of ``run``, by ``options.clock``; the work of ``options.device`` included."""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    synchronize(options)
+    start = clock()
+    run()
+    synchronize(options)
+    return clock() - start
+
+
+def synchronize(options: argparse.Namespace) -> None:
+    """Wait for ``options.device``."""
+    if options.device.startswith("cuda"):
+        torch.cuda.synchronize()

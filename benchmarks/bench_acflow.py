@@ -23,7 +23,7 @@ from typing import Any
 
 import _real_size
 import torch
-from _probes import PeakMemory
+from _probes import PeakMemory, clocked
 from torch import Tensor, nn
 
 from diffsteer import load_embedded
@@ -98,20 +98,6 @@ def without_critic(trainer: ACFlowTrainer, options: argparse.Namespace) -> Learn
 
 
 # -- measuring -------------------------------------------------------------------------------------
-
-
-def clocked(run: Callable[[], Any], options: argparse.Namespace) -> float:
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    synchronize(options)
-    start = clock()
-    run()
-    synchronize(options)
-    return clock() - start
-
-
-def synchronize(options: argparse.Namespace) -> None:
-    if options.device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def updates(trainer: ACFlowTrainer, options: argparse.Namespace) -> None:

@@ -24,31 +24,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from _eggroll_variants import SIGMA, Variants, call, embedded, part, sd3, variants_of
-from _probes import PeakMemory
+from _probes import PeakMemory, clocked
 from torch import Tensor, nn
 
 from diffsteer.training.eggroll import Eggroll
-
-
-def clocked(run: Callable[[], Any], options: argparse.Namespace) -> float:
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    synchronize(options)
-    start = clock()
-    run()
-    synchronize(options)
-    return clock() - start
-
-
-def synchronize(options: argparse.Namespace) -> None:
-    if options.device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def throughput(v: Variants, options: argparse.Namespace) -> dict[str, list[float]]:
