@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 Alpha = Literal["white", "error"]
@@ -46,7 +46,7 @@ def decode(
         source = io.BytesIO(data) if isinstance(data, bytes) else data
         image = source if isinstance(source, Image.Image) else Image.open(source)
         image.load()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ImageError(f"cannot read image {name}: {error}") from error
     notes = Counter() if notes is None else notes
     if image.format == "JPEG":
@@ -56,12 +56,12 @@ def decode(
 
 
 def _rgb(image: Image.Image, name: str, alpha: Alpha, notes: Counter[str]) -> NDArray[Any]:
-    if image.mode == "RGB":
-        return np.array(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _wide_grey(image, name, notes)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return _flattened(image.convert("RGBA"), name, alpha, notes)
+    if image.mode == "RGB":
+        return np.array(image)
     if image.mode in ("L", "1"):
         notes["grey images (channel repeated)"] += 1
     elif image.mode == "P":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .colour import ColourStats, colour_stats
-from .content import canonical_order, content_keys
+from .content import content_keys
 from .extractors import Extractor
 from .scorers import Scorer
 
@@ -65,16 +65,13 @@ class FeatureSet:
 
         A repeated index is a sample that a data loader repeated to fill a batch.
         """
-        known = self.index >= 0
-        ordered = self.rows(torch.argsort(self.index, stable=True)) if bool(known.any()) else self
-        first = torch.ones(len(self), dtype=torch.bool)
-        if len(self) > 1:
-            first[1:] = (ordered.index[1:] != ordered.index[:-1]) | (ordered.index[1:] < 0)
-        ordered = ordered.rows(first)
+        order = torch.argsort(self.index, stable=True)
+        index = self.index[order]
+        order = order[(index != index.roll(1)) | (index < 0) | (torch.arange(len(index)) == 0)]
         # Ties between copies: one that was asked to show another class is another sample.
-        for column in (ordered.prompts, ordered.labels):
-            ordered = ordered.rows(torch.argsort(column, stable=True))
-        return ordered.rows(canonical_order(ordered.keys))
+        for column in (self.prompts, self.labels, self.keys):
+            order = order[torch.argsort(column[order], stable=True)]
+        return self.rows(order)  # wide rows are copied once
 
     @classmethod
     def join(cls, parts: Sequence[FeatureSet]) -> FeatureSet:
@@ -86,6 +83,8 @@ class FeatureSet:
         filled = [part for part in parts if len(part)]
         if not filled:
             return parts[0] if parts else cls()
+        if len(filled) == 1:
+            return filled[0]
         names = filled[0].taps.keys()
         for part in filled[1:]:
             if part.taps.keys() != names:

@@ -43,7 +43,7 @@ def _parquet(path: Path) -> ImageSource:
     def read(index: int) -> Any:
         return _bytes_or_path(column[index].as_py())
 
-    labels = None if label is None else torch.tensor(table[label].to_pylist(), dtype=torch.int64)
+    labels = None if label is None else _labels(table[label].to_pylist())
     stat = path.stat()
     fingerprint = hashlib.sha256(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
     return _source(str(path), len(table), read, fingerprint.hexdigest(), labels)
@@ -54,19 +54,26 @@ def _hub(where: str) -> ImageSource:
         import datasets  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
         raise ImportError(
-            f"reading {where!r} needs the datasets library: pip install datasets"
+            f"there is no folder or file {where!r}; a hub dataset of that name needs the datasets "
+            "library: pip install diffsteer[train]"
         ) from error
     name, _, chosen = where.partition("@")
     try:
         parts = datasets.load_dataset(name)
-        split = next(s for s in (chosen, "test", "validation", "train") if s in parts)
-    except (OSError, ValueError, StopIteration) as error:
-        raise ValueError(f"cannot load the dataset {where!r}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"there is no folder or file {where!r}, nor a hub dataset of that name that can be "
+            f"loaded: {error}"
+        ) from error
+    wanted = [chosen] if chosen else ["test", "validation", "train", *parts]
+    split = next((s for s in wanted if s in parts), None)
+    if split is None:
+        raise ValueError(f"the dataset {name!r} has no split {chosen!r}, only {', '.join(parts)}")
     data = parts[split]
     image, label = _columns(where, data.column_names)
     # Undecoded: bytes are decoded on our threads, by our rules.
     data = data.cast_column(image, datasets.Image(decode=False))
-    labels = None if label is None else torch.tensor(data[label][:], dtype=torch.int64)
+    labels = None if label is None else _labels(data[label][:])
     return _source(
         where, len(data), lambda i: _bytes_or_path(data[i][image]), str(data._fingerprint), labels
     )
@@ -79,6 +86,13 @@ def _columns(where: str, names: Sequence[str]) -> tuple[str, str | None]:
             f"{where} has no image column: expected one of {_IMAGE_COLUMNS}, got {tuple(names)}"
         )
     return image, next((name for name in _LABEL_COLUMNS if name in names), None)
+
+
+def _labels(values: Sequence[Any]) -> Tensor | None:
+    """Class numbers; texts and gaps are no labels."""
+    if not all(isinstance(value, int) for value in values):
+        return None
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _bytes_or_path(entry: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,10 @@ from torch import Tensor
 from .arrays import open_array
 from .decode import Alpha, ImageError, as_uint8, decode
 
+OnError = Literal["fail", "skip"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+# A disk, an archive with a damaged member, an array of another range, a row without a picture.
+_UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, ValueError, TypeError)
 
 
 @dataclass
@@ -52,7 +56,7 @@ class ImageSource:
             try:
                 data = self.read(index)
                 raw = data.read_bytes() if isinstance(data, Path) else data
-            except OSError as error:
+            except _UNREADABLE as error:
                 raise ImageError(f"cannot read image {name} of {self.where}: {error}") from error
             raw = raw.numpy().tobytes() if isinstance(raw, Tensor) else raw
             digest.update(f"{name}\0{len(raw)}\0".encode())
@@ -68,7 +72,7 @@ class ImageSource:
         name = f"{self.names[index]} of {self.where}"
         try:
             data = self.read(index)
-        except OSError as error:
+        except _UNREADABLE as error:
             raise ImageError(f"cannot read image {name}: {error}") from error
         if isinstance(data, Tensor):
             return data
@@ -129,8 +133,11 @@ def _folder(path: Path) -> ImageSource:
 
 
 def _zip(path: Path) -> ImageSource:
-    with zipfile.ZipFile(path) as archive:
-        files = [info for info in archive.infolist() if not info.is_dir()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = [info for info in archive.infolist() if not info.is_dir()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
     images = sorted((f for f in files if f.filename.lower().endswith(SUFFIXES)),
                     key=lambda f: f.filename)  # fmt: skip
     digest = hashlib.sha256(str(path.stat().st_size).encode())
@@ -179,7 +186,7 @@ def batches(
     *,
     indices: Sequence[int] | None = None,
     workers: int = 4,
-    on_error: Literal["fail", "skip"] = "fail",
+    on_error: OnError = "fail",
     skipped: list[str] | None = None,
     alpha: Alpha = "white",
 ) -> Iterator[Batch]:

@@ -46,9 +46,9 @@ def find_labels(
 
 def _read_csv(path: Path) -> dict[str, Any]:
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark
             rows = [row for row in csv.reader(file) if row]
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read labels from {path}: {error}") from error
     if any(len(row) < 2 for row in rows):
         raise ValueError(f"{path}: expected two columns, file and label, in every row")
@@ -59,13 +59,15 @@ def _read_csv(path: Path) -> dict[str, Any]:
 
 def _from_folders(source: ImageSource, class_names: tuple[str, ...]) -> Tensor:
     parents = [Path(name).parent.name for name in source.names]
-    names = class_names if set(parents) <= set(class_names) else tuple(sorted(set(parents)))
-    if len(set(parents)) < 2:
+    found = sorted(set(parents))
+    known = set(found) <= set(class_names)
+    if len(found) < 2 and not known:
         raise ValueError(
             f"labels from-dirs: {source.where} has no sub-folder for each class; "
             "expected e.g. cat/0001.png, dog/0001.png"
         )
-    return torch.tensor([names.index(parent) for parent in parents], dtype=torch.int64)
+    number = {name: label for label, name in enumerate(class_names if known else found)}
+    return torch.tensor([number[parent] for parent in parents], dtype=torch.int64)
 
 
 def _assign(

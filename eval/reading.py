@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from .decode import Alpha
 from .extractors import Extractor, NotFinite
 from .features import FeatureSet, extract
 from .gather import Share
-from .images import Batch, ImageSource, batches
+from .images import Batch, ImageSource, OnError, batches
 from .scorers import Scorer
 
 
@@ -39,9 +39,21 @@ class Reading:
     seed: int = 0
     batch_size: int = 256
     workers: int = 4
-    on_error: Literal["fail", "skip"] = "fail"
+    on_error: OnError = "fail"
     alpha: Alpha = "white"
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 0:
+            raise ValueError(
+                "batch_size must be at least 1 and workers 0 or more, got "
+                f"{self.batch_size} and {self.workers}"
+            )
+        if self.on_error not in get_args(OnError) or self.alpha not in get_args(Alpha):
+            raise ValueError(
+                f"on_error must be 'fail' or 'skip' and alpha 'white' or 'error', got "
+                f"{self.on_error!r} and {self.alpha!r}"
+            )
 
     def shows_progress(self) -> bool:
         """Whether this process may draw a bar (it still does so on a terminal only)."""

@@ -154,7 +154,7 @@ def read_result(path: str | Path) -> EvalResult:
         ValueError: if the file is missing or no such result.
     """
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
         scores = {}
         for name, value in data["values"].items():
             label = data["labels"][name]

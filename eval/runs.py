@@ -18,7 +18,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        run = json.loads(path.read_text())
+        run = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid JSON: {error}; pass --labels instead") from error
     return run if isinstance(run, dict) else {}
@@ -29,7 +29,8 @@ def values_of(run: dict[str, Any], what: str) -> dict[str, Any]:
     images = run.get("images")
     if not isinstance(images, list):
         return {}
-    return {entry["file"]: entry[what] for entry in images if entry.get(what) is not None}
+    entries = [entry for entry in images if isinstance(entry, dict) and "file" in entry]
+    return {entry["file"]: entry[what] for entry in entries if entry.get(what) is not None}
 
 
 def incomplete(folder: str | Path) -> list[str]:

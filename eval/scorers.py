@@ -61,6 +61,9 @@ class ClipScorer:
         if scale not in ("cosine", "clip-score", "logit"):
             raise ValueError(f"scale must be 'cosine', 'clip-score' or 'logit', got {scale!r}")
         self.digest = weights_digest(model.state_dict())
+        # Before the cast: bfloat16 would take a percent off the temperature.
+        temperature: Any = model.logit_scale
+        self._factor = float(temperature.detach().exp()) if scale == "logit" else 1.0
         self.model: Any = model.eval().requires_grad_(False).to(device, dtype)
         self.tokenizer, self.name, self.scale = tokenizer, name, scale
         self.device, self.dtype, self.batch_size = torch.device(device), dtype, batch_size
@@ -95,9 +98,7 @@ class ClipScorer:
         place = {text: row for row, text in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([place[prompt] for prompt in prompts])
         cosine = (self.embed_images(images) * self.embed_texts(list(place))[rows]).sum(1)
-        if self.scale == "clip-score":
-            return 100 * cosine.clamp_min(0)
-        return cosine * float(self.model.logit_scale.exp()) if self.scale == "logit" else cosine
+        return 100 * cosine.clamp_min(0) if self.scale == "clip-score" else self._factor * cosine
 
     @torch.no_grad()
     def embed_images(self, images: Tensor | list[Tensor]) -> Tensor:

@@ -196,11 +196,12 @@ class EvalSuite:
         start = time.perf_counter()
         reference = self._reference()
         share = Share.of_this_rank() if together else Share()
+        kept = self._fake.rows() if self._fake.streams else None
         inputs = [
             Inputs(
                 every, reference, extractor.space, self.settings, position == 0,
-                bool(extractor.class_names), kept=self._fake.rows(), sums=self._fake.moments(),
-                share=share, device=_computing_device(extractor.device),
+                bool(extractor.class_names), kept=kept, sums=self._fake.moments(), share=share,
+                device=_computing_device(extractor.device),
             )
             for position, extractor in enumerate(self.extractors)
         ]  # fmt: skip
@@ -233,18 +234,17 @@ class EvalSuite:
 
     def _build_reference(self) -> Reference:
         real = self._real.samples()
+        statistics, first = dict(self._statistics), self.extractors[0]
         if len(real):
-            return Reference(
-                self._real.rows(), dict(self._statistics), every=real, sums=self._real.moments()
-            )
-        first = self.extractors[0]
-        if not self._statistics and first.space == "cifar":
-            self._statistics[first.space], notes = statistics_for(first, None)
-            self._notes += notes
-        return Reference(None, dict(self._statistics))
+            kept = self._real.rows() if self._real.streams else real
+            return Reference(kept, statistics, every=real, sums=self._real.moments())
+        if not statistics and first.space == "cifar":
+            # Not kept: real images that come later take its place.
+            statistics[first.space], _ = statistics_for(first, None)
+        return Reference(None, statistics)
 
     def _meta(self, fake: FeatureSet, reference: Reference, seconds: float) -> dict[str, object]:
-        known = self._statistics.get(self.extractors[0].space)
+        known = reference.statistics.get(self.extractors[0].space)
         n_real = len(reference.keys()) or (known.count if known is not None else None)
         return {
             "n_fake": len(fake),

@@ -19,9 +19,9 @@ from diffsteer.eval.images import batches
 from diffsteer.eval.labels import find_labels
 
 
-def encoded(image, kind="PNG"):
+def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
-    image.save(file, kind)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -63,6 +63,9 @@ def test_transparency_is_laid_on_white_or_refused():
         read(Image.fromarray(rgba), alpha="error")
     rgba[..., 3] = 255
     assert not read(Image.fromarray(rgba), alpha="error")[1]  # opaque: nothing is lost
+    key = Image.fromarray(rgba[..., :3])  # one colour stands for transparent
+    found = decode(encoded(key, transparency=(0, 0, 0)), "x.png")
+    assert found[:, 0, 0].tolist() == [10, 20, 30] and found[:, 1, 1].tolist() == [255] * 3
 
 
 def test_cmyk_jpeg_is_converted_and_noted():
@@ -131,6 +134,9 @@ def test_parquet_datasets_bring_labels(tmp_path):
     source = open_images(tmp_path / "data.parquet")
     assert find_labels(source).tolist() == [3, 1, 2, 0, 1, 2]
     assert (everything(source)[0].permute(0, 2, 3, 1).numpy() == pictures(6)).all()
+    table = table.set_column(1, "label", [list("abcabc")])
+    pyarrow.parquet.write_table(table, tmp_path / "words.parquet")
+    assert open_images(tmp_path / "words.parquet").labels is None
     pyarrow.parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(ValueError, match="no image column"):
         open_images(tmp_path / "text.parquet")
@@ -160,6 +166,31 @@ def test_bad_images_fail_or_are_skipped_up_to_one_in_a_hundred(make_folder):
         everything(open_images(folder), on_error="skip")
 
 
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_archive_is_said_and_a_damaged_member_skipped(tmp_path, packing):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        for index, picture in enumerate(pictures(3)):
+            archive.writestr(f"{index}.png", encoded(Image.fromarray(picture)))
+        at = archive.infolist()[1].header_offset + 60
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + bytes(20) + whole[at + 20 :])
+    with pytest.raises(ImageError, match=r"1\.png of .*a\.zip"):
+        everything(open_images(path))
+    assert everything(open_images(path), on_error="skip")[1] == [0, 2]
+    path.write_bytes(whole[:50])
+    with pytest.raises(ValueError, match=r"cannot read .*a\.zip"):
+        open_images(path)
+
+
+def test_arrays_of_another_range_name_the_image(tmp_path):
+    values = np.zeros((3, 8, 8, 3), np.float32)
+    values[2] = 7
+    np.savez(tmp_path / "a.npz", values)
+    with pytest.raises(ImageError, match=r"image 2 of .*\[0, 1\]"):
+        everything(open_images(tmp_path / "a.npz"))
+
+
 def test_images_of_several_sizes_stay_single(make_folder):
     folder = make_folder("a", count=3)
     Image.new("RGB", (20, 10)).save(folder / "images" / "wide.png")
@@ -172,6 +203,17 @@ def test_nothing_to_read_is_said(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images"):
         open_images(tmp_path / name)
+
+
+def test_a_hub_dataset_without_the_split_asked_for_is_refused(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    parts = {"train": None, "test": None}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: parts)
+    with pytest.raises(ValueError, match="no split 'tset', only train, test"):
+        open_images("some/set@tset")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: open("/nowhere"))
+    with pytest.raises(ValueError, match="no folder or file 'out/typo'"):
+        open_images("out/typo")
 
 
 def test_labels_from_run_json_folders_and_csv(make_folder, tmp_path):
@@ -187,6 +229,11 @@ def test_labels_from_run_json_folders_and_csv(make_folder, tmp_path):
         0,
         1,
     ]
+    table.write_text(table.read_text(), encoding="utf-8-sig")  # as spreadsheets save it
+    assert find_labels(open_images(folder), str(table), class_names=("cat", "dog"))[1] == 1
+    table.write_bytes(b"\xff\xfe0")
+    with pytest.raises(ValueError, match=r"cannot read labels from .*labels\.csv"):
+        find_labels(open_images(folder), str(table))
     table.write_text("000000.png,0\n")
     with pytest.raises(ValueError, match=r"no label for .*000001\.png"):
         find_labels(open_images(folder), str(table))
@@ -197,6 +244,11 @@ def test_labels_from_run_json_folders_and_csv(make_folder, tmp_path):
     assert find_labels(open_images(by_class), class_names=("cat", "dog")).tolist() == [0, 1]
     assert find_labels(open_images(by_class)) is None  # names of unknown classes: not guessed
     assert find_labels(open_images(by_class), "from-dirs").tolist() == [0, 1]
+    (by_class / "cat" / "1.png").unlink()
+    alone = open_images(by_class)  # samples of one known class have labels like any others
+    assert find_labels(alone, class_names=("cat", "dog")).tolist() == [1]
+    with pytest.raises(ValueError, match="no sub-folder for each class"):
+        find_labels(alone, "from-dirs")
     (folder / "run.json").write_text("{")
     with pytest.raises(ValueError, match="no valid JSON"):
         find_labels(open_images(folder))

@@ -95,6 +95,14 @@ def test_floats_of_another_range_are_refused_before_anything_is_counted(images):
     assert len(suite.seen()) == 0
 
 
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"workers": -1}, {"on_error": "ignore"}, {"alpha": "black"}]
+)
+def test_readings_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Reading(**options)
+
+
 def test_samples_sorted_by_class_have_the_same_inception_score():
     images = tensors(40, 2)
     by_class = tiny_extractor()(images).logits.argmax(1).argsort()

@@ -38,6 +38,16 @@ def test_the_score_is_that_of_transformers(clip):
     torch.testing.assert_close(score, 100 * cosine.clamp_min(0))
 
 
+def test_low_precision_keeps_the_temperature():
+    model, tokenizer = tiny_clip()
+    factor = float(model.logit_scale.detach().exp())
+    whole = [
+        ClipScorer(model, tokenizer, scale=scale, dtype=torch.bfloat16)(tensors(5, 1), PROMPTS)
+        for scale in ("logit", "cosine")
+    ]
+    torch.testing.assert_close(whole[0] / whole[1], torch.full((5,), factor), rtol=1e-5, atol=0)
+
+
 class Older:
     """The model as torchmetrics 1.9 expects it: transformers 5 wraps what it takes for tensors."""
 

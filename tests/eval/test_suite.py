@@ -16,6 +16,7 @@ from diffsteer.eval import (
     Moments,
     Settings,
     Statistics,
+    cifar_extractor,
     frechet_distance_from_features,
     kernel_distance,
     prdc,
@@ -124,6 +125,18 @@ def test_the_reference_is_summed_and_factored_once(extractor, pair, monkeypatch)
     found = suite.compute()
     suite.update(tensors(5, 9), real=True)  # another reference: computed again
     assert suite.compute().values != found.values and len(factored) == 2
+
+
+def test_real_images_take_the_place_of_the_embedded_statistics_also_later():
+    images = tensors(40, 1, (32, 32)), tensors(40, 2, (32, 32))
+    suite = EvalSuite(("fd",))
+    suite.update(images[0])
+    before = suite.compute()
+    suite.update(images[1], real=True)
+    found = suite.compute()
+    expected = fed(cifar_extractor(), *images, metrics=("fd",)).compute()
+    assert found.values == expected.values != before.values
+    assert found.meta["reference"] == "images"
 
 
 def test_mixed_sizes_are_resized_one_by_one(extractor):
