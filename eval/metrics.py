@@ -33,27 +33,30 @@ except Exception as error:  # a broken torchvision makes this a RuntimeError, no
 
 
 class _Features(Metric):
-    """Turns images into features if there is an extractor; keeps float64 through ``half()``."""
+    """Turns images into features if there is an extractor."""
 
     full_state_update = False
     is_differentiable = False
     tap = "features"
 
-    def __init__(self, extractor: Extractor | None = None, **options: Any) -> None:
+    def __init__(self, dim: int, extractor: Extractor | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.extractor = extractor
+        self.dim, self.extractor = dim, extractor
 
     def _rows(self, values: Tensor) -> Tensor:
         if self.extractor is None:
             if values.ndim != 2 or not values.is_floating_point():
                 raise ValueError(
-                    f"expected features of shape (B, d), got {tuple(values.shape)} of "
+                    f"expected {self.tap} of shape (B, {self.dim}), got {tuple(values.shape)} of "
                     f"{values.dtype}; pass extractor=... to feed images"
                 )
-            return values.detach()
-        rows: Tensor | None = getattr(self.extractor(values), self.tap)
+            rows: Tensor | None = values.detach()
+        else:
+            rows = getattr(self.extractor(values), self.tap)
         if rows is None:
-            raise ValueError(f"the extractor {self.extractor.name} gives no {self.tap}")
+            raise ValueError(f"the extractor gives no {self.tap}")
+        if rows.shape[1] != self.dim:
+            raise ValueError(f"expected {self.dim} {self.tap}, got {rows.shape[1]}")
         return rows
 
 
@@ -71,26 +74,20 @@ class FrechetDistance(_Features):
     fake_sums: Tensor
 
     def __init__(self, dim: int, extractor: Extractor | None = None, **options: Any) -> None:
-        super().__init__(extractor, **options)
+        super().__init__(dim, extractor, **options)
         for side in ("real", "fake"):
             self.add_state(f"{side}_sums", Moments.zero(dim).packed(), dist_reduce_fx=_add_packed)
-        self.dim = dim
 
     def update(self, values: Tensor, *, real: bool) -> None:
         """Add features (B, dim), or images where there is an extractor."""
-        found = Moments.of(self._rows(values))
-        if found.dim != self.dim:
-            raise ValueError(f"expected {self.dim} features, got {found.dim}")
-        name = "real_sums" if real else "fake_sums"
-        sums = Moments.unpacked(getattr(self, name).cpu()) + found
+        found, name = Moments.of(self._rows(values)), "real_sums" if real else "fake_sums"
+        sums = Moments.unpacked(getattr(self, name).to(found.mean.device)) + found
         setattr(self, name, sums.packed().to(self.device))
 
     def compute(self) -> Tensor:
         """The distance as a float64 scalar."""
-        real, fake = (
-            Moments.unpacked(getattr(self, name).cpu()) for name in ("real_sums", "fake_sums")
-        )
-        return torch.tensor(frechet_distance_of_moments(real, fake), dtype=torch.float64)
+        sides = (Moments.unpacked(sums) for sums in (self.real_sums, self.fake_sums))
+        return _number(frechet_distance_of_moments(*sides))
 
     def set_dtype(self, dst_type: str | torch.dtype) -> FrechetDistance:
         """Does nothing: the sums stay float64."""
@@ -98,8 +95,11 @@ class FrechetDistance(_Features):
 
 
 def _add_packed(rows: Tensor) -> Tensor:
-    merged = Moments.merge(Moments.unpacked(row.cpu()) for row in rows)
-    return merged.packed().to(rows.device)
+    return Moments.merge(Moments.unpacked(row) for row in rows).packed()
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 class _Banks(_Features):
@@ -123,27 +123,42 @@ class _Banks(_Features):
                 held.append(empty.to(self.device))
         super().sync(*arguments, **options)
 
+    def _add(self, name: str, values: Tensor) -> None:
+        getattr(self, name).append(self._rows(values).float().to(self.device))
+
+    def _sorted(self, name: str) -> Tensor:
+        """All rows in the order of their content: that of arrival never matters."""
+        rows = self.all_rows(name)
+        return rows[canonical_order(content_keys(rows)).to(rows.device)]
+
 
 class _TwoSided(_Banks):
-    """Features of real and generated samples; their order never matters."""
+    """Compares real with generated samples."""
 
     def __init__(self, dim: int, extractor: Extractor | None = None, **options: Any) -> None:
-        super().__init__(extractor, **options)
-        self.dim = dim
+        super().__init__(dim, extractor, **options)
         self._bank("real_rows", dim)
         self._bank("fake_rows", dim)
 
-    def update(self, values: Tensor, *, real: bool = False) -> None:
+    def update(self, values: Tensor, *, real: bool) -> None:
         """Add features (B, dim), or images where there is an extractor."""
-        name = "real_rows" if real else "fake_rows"
-        rows = self._rows(values).float().to(self.device)
-        if rows.shape[1] != self.dim:
-            raise ValueError(f"expected {self.dim} features, got {rows.shape[1]}")
-        getattr(self, name).append(rows)
+        self._add("real_rows" if real else "fake_rows", values)
 
-    def _sorted(self, side: str) -> Tensor:
-        rows = self.all_rows(f"{side}_rows")
-        return rows[canonical_order(content_keys(rows)).to(rows.device)]
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        return self._sorted("real_rows"), self._sorted("fake_rows")
+
+
+class _Generated(_Banks):
+    """Scores generated samples alone."""
+
+    def __init__(self, dim: int, extractor: Extractor | None = None, **options: Any) -> None:
+        super().__init__(dim, extractor, **options)
+        self._bank("fake_rows", dim)
+
+    def update(self, values: Tensor, *, real: bool = False) -> None:
+        """Add features (B, dim), or images; of real ones, which a collection hands to all, none."""
+        if not real:
+            self._add("fake_rows", values)
 
 
 class KernelDistance(_TwoSided):
@@ -153,8 +168,8 @@ class KernelDistance(_TwoSided):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Value and standard error."""
-        found = kernel_distance(self._sorted("real"), self._sorted("fake"))
-        return torch.tensor(found.value), torch.tensor(found.stderr)
+        found = kernel_distance(*self._sides())
+        return _number(found.value), _number(found.stderr)
 
 
 class PrecisionRecall(_TwoSided):
@@ -179,9 +194,9 @@ class PrecisionRecall(_TwoSided):
 
     def compute(self) -> dict[str, Tensor]:
         """The four scores by name."""
-        found = prdc(self._sorted("real"), self._sorted("fake"), self.k, strict=self.strict)
+        found = prdc(*self._sides(), self.k, strict=self.strict)
         names = ("precision", "recall", "density", "coverage")
-        return {name: torch.tensor(getattr(found, name)) for name in names}
+        return {name: _number(getattr(found, name)) for name in names}
 
 
 class CMMD(_TwoSided):
@@ -191,20 +206,20 @@ class CMMD(_TwoSided):
 
     def compute(self) -> Tensor:
         """The distance."""
-        return torch.tensor(cmmd(self._sorted("real"), self._sorted("fake")))
+        return _number(cmmd(*self._sides()))
 
 
-class Vendi(_TwoSided):
-    """Vendi score of the generated side; see ``vendi.vendi``."""
+class Vendi(_Generated):
+    """Vendi score of the generated samples; see ``vendi.vendi``."""
 
     higher_is_better = True
 
     def compute(self) -> Tensor:
         """The effective number of different samples."""
-        return torch.tensor(vendi(self._sorted("fake")))
+        return _number(vendi(self._sorted("fake_rows")))
 
 
-class InceptionScore(_TwoSided):
+class InceptionScore(_Generated):
     """Inception Score over splits in the order of content; ``dim`` is the number of classes.
 
     Args:
@@ -225,8 +240,8 @@ class InceptionScore(_TwoSided):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Mean and spread over splits."""
-        found = inception_score(self._sorted("fake"), splits=self.splits, seed=None)
-        return torch.tensor(found.value), torch.tensor(found.stderr)
+        found = inception_score(self._sorted("fake_rows"), splits=self.splits, seed=None)
+        return _number(found.value), _number(found.stderr)
 
 
 class ClassAccuracy(_Banks):
@@ -240,27 +255,25 @@ class ClassAccuracy(_Banks):
 
     higher_is_better = True
     tap = "logits"
-    logits: list[Tensor]
     labels: list[Tensor]
 
     def __init__(self, dim: int, extractor: Extractor | None = None, **options: Any) -> None:
-        super().__init__(extractor, **options)
+        super().__init__(dim, extractor, **options)
         self._bank("logits", dim)
         self._bank("labels", dtype=torch.int64)
 
     def update(self, values: Tensor, labels: Tensor) -> None:
         """Add logits (B, dim), or images where there is an extractor, and labels (B,)."""
-        rows = self._rows(values).float().to(self.device)
-        if labels.shape != (len(rows),):
-            raise ValueError(f"expected {len(rows)} labels, got {tuple(labels.shape)}")
-        self.logits.append(rows)
+        if labels.shape != (len(values),):
+            raise ValueError(f"expected {len(values)} labels, got {tuple(labels.shape)}")
+        self._add("logits", values)
         self.labels.append(labels.to(self.device, torch.int64))
 
     def compute(self) -> dict[str, Tensor]:
         """The three scores by name."""
         found = class_accuracy(self.all_rows("logits"), self.all_rows("labels"))
         names = ("top1", "top5", "macro_precision")
-        return {name: torch.tensor(getattr(found, name)) for name in names}
+        return {name: _number(getattr(found, name)) for name in names}
 
 
 __all__ = [

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from eval_samples import tensors, tiny_extractor
+from torchmetrics import MetricCollection
 
 from diffsteer.eval import (
     class_accuracy,
@@ -59,7 +60,7 @@ def feed(metric, real, fake):
 @pytest.mark.parametrize("make, function", CASES)
 def test_values_merge_and_reset(make, function, pair):
     real, fake = pair
-    expected = pytest.approx(function(real, fake), rel=1e-6)
+    expected = pytest.approx(function(real, fake), rel=1e-9)
     metric = feed(make(), real, fake)
     assert value_of(metric.compute()) == expected
     first, second = feed(make(), real[:20], fake[:7]), feed(make(), real[20:], fake[7:])
@@ -69,6 +70,22 @@ def test_values_merge_and_reset(make, function, pair):
     assert value_of(feed(metric, real, fake).compute()) == expected
     with pytest.raises(ValueError, match="6 features"):
         metric.update(torch.zeros(3, 5), real=False)
+
+
+@pytest.mark.parametrize("make", [case[0] for case in CASES[:-1]])
+def test_which_side_samples_are_on_must_be_said(make):
+    with pytest.raises(TypeError, match="real"):
+        make().update(torch.zeros(3, 6))
+
+
+def test_a_collection_keeps_real_samples_out_of_what_scores_generated_ones(pair):
+    real, fake = pair
+    metrics = MetricCollection({"cmmd": CMMD(6), "vendi": Vendi(6)}, compute_groups=False)
+    feed(metrics, real, fake)
+    found = metrics.compute()
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {"cmmd": cmmd(real, fake), "vendi": vendi(fake)}, rel=1e-12
+    )
 
 
 def test_images_go_through_the_extractor():
