@@ -154,8 +154,8 @@ class Kind:
         """The target ``k * clean - (1 - k) * noise``, k in [0, 1] (k-Diff, arXiv 2601.21419)."""
         return cls("kdiff", float(k))
 
-    def mix(self, level: Level, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair (a, b) of ``output = a * clean + b * noise``, broadcast over ``like``.
+    def mix(self, level: Level, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """The pair (a, b) of ``output = a * clean + b * noise``: numbers, or broadcast to ``like``.
 
         Raises:
             ValueError: for ``Kind.INTERPOLANT`` at a level without rates.
@@ -178,20 +178,20 @@ def _edm_mix(alpha: Tensor, sigma: Tensor, data: float) -> tuple[Tensor, Tensor]
     return sigma / (data * norm), -data * alpha / norm
 
 
-Mix = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Mix = Callable[[Tensor, Tensor, float], tuple[Tensor | float, Tensor | float]]
 _MIX: dict[str, Mix] = {
-    "denoised": lambda alpha, sigma, _: (torch.ones_like(alpha), torch.zeros_like(sigma)),
-    "noise": lambda alpha, sigma, _: (torch.zeros_like(alpha), torch.ones_like(sigma)),
+    "denoised": lambda alpha, sigma, _: (1.0, 0.0),
+    "noise": lambda alpha, sigma, _: (0.0, 1.0),
     "v": lambda alpha, sigma, _: (-sigma, alpha),
     "v_ve": lambda alpha, sigma, _: (
         -sigma * torch.rsqrt(alpha**2 + sigma**2),
         alpha * torch.rsqrt(alpha**2 + sigma**2),
     ),
-    "velocity": lambda alpha, sigma, _: (-torch.ones_like(alpha), torch.ones_like(sigma)),
-    "velocity_to_data": lambda alpha, sigma, _: (torch.ones_like(alpha), -torch.ones_like(sigma)),
+    "velocity": lambda alpha, sigma, _: (-1.0, 1.0),
+    "velocity_to_data": lambda alpha, sigma, _: (1.0, -1.0),
     "interpolant": lambda alpha, sigma, _: (alpha, sigma),  # replaced by the rates, see Kind.mix
     "edm": _edm_mix,
-    "kdiff": lambda alpha, sigma, k: (torch.full_like(alpha, k), torch.full_like(sigma, k - 1)),
+    "kdiff": lambda alpha, sigma, k: (k, k - 1),
 }
 _RANGE = {"edm": (1e-8, math.inf), "kdiff": (0.0, 1.0)}
 
@@ -235,7 +235,7 @@ def denoised_affine(kind: Kind, level: Level, like: Tensor) -> tuple[Tensor, Ten
 
 
 def _floored_kdiff(
-    alpha: Tensor, sigma: Tensor, k: Tensor, minus_rest: Tensor, q: Tensor
+    alpha: Tensor, sigma: Tensor, k: Tensor | float, minus_rest: Tensor | float, q: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The pair (A, B) of a k-Diff output at small k, whose q vanishes where all is noise.
 

@@ -20,7 +20,7 @@ from ..guidance.checks import check_reached
 from .apply import apply_rule, autograd_allowed
 from .guider_config import describe, restore
 from .guider_step import read_level, receive
-from .levels import LevelReader, solver_stage
+from .levels import LevelReader
 from .observe import Call, first_tensor
 from .trajectory import Trajectory
 
@@ -115,7 +115,7 @@ class RuleGuider(BaseGuidance):
         if step == 0 or last is None or step != last + 1 or count != num_inference_steps:
             self._begin_run(step, num_inference_steps)
         self._calls, self._latents = [], None
-        self._now.stage = 0 if self._reader is None else solver_stage(self._reader.scheduler)
+        self._now.stage = 0 if self._reader is None else self._reader.stage()
         if self._now.stage == 0 or self._now.index < 0:
             self._now.index += 1
         self._on = self._is_on(timestep)

@@ -33,6 +33,12 @@ KINDS = {
 _FLOW = ("FlowMatchEuler", "FlowMatchHeun", "FlowMatchLCM", "LTXEulerAncestralRF")
 _VP_WITH_SIGMAS = ("LCMScheduler", "TCDScheduler")
 _STOCHASTIC = ("Ancestral", "DDPM", "SDE", "SASolver", "LCM", "TCD", "UnCLIP")
+_BETWEEN = ("sigmas_interpol", "mid_point_sigma", "prk_timesteps")
+_TELLING = (
+    *("noise_level", "raw_kind", "_init_step_index", "precondition_outputs"),
+    *("_sigma_to_alpha_sigma_t", "_alpha_cumprod", "alphas_cumprod", "sigmas"),
+    *("state_in_first_order", *_BETWEEN),
+)
 _REFUSED = ("DDIMInverse", "DPMSolverMultistepInverse", "ConsistencyModel", "CMStochastic", "SCM")
 
 
@@ -67,11 +73,14 @@ class LevelReader:
 
     Schedulers hold their sigmas on the accelerator or on the CPU as they please. The tables are
     copied once a trajectory, so that reading a level during sampling never waits for the device.
+    Make a new reader for every trajectory, after ``set_timesteps``.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self._copies: dict[str, tuple[Any, Tensor]] = {}
+        # Asked once: for what is not there diffusers searches the configuration every time.
+        self._has = {name for name in _TELLING if hasattr(scheduler, name)}
 
     def table(self, name: str) -> Tensor:
         """A tensor of the scheduler as float32 on the CPU; copied anew when it was replaced."""
@@ -84,27 +93,29 @@ class LevelReader:
 
     def read(self, timestep: Tensor | float) -> LevelReading:
         """See ``noise_level``."""
-        reading, own = self._read(timestep), getattr(self.scheduler, "raw_kind", None)
-        return reading if own is None else reading._replace(kind=own)  # k-Diff in a stock solver
+        reading = self._read(timestep)
+        if "raw_kind" in self._has:  # k-Diff in a stock solver
+            return reading._replace(kind=self.scheduler.raw_kind)
+        return reading
 
     def _read(self, timestep: Tensor | float) -> LevelReading:
-        s = self.scheduler
+        s, has = self.scheduler, self._has
         name = type(s).__name__
-        if callable(getattr(s, "noise_level", None)):
+        if "noise_level" in has:
             return LevelReading(*s.noise_level(timestep))
         if any(part in name for part in _REFUSED):
             raise NotImplementedError(_unknown(s))
-        if hasattr(s, "_init_step_index") and s.step_index is None:
+        if "_init_step_index" in has and s.step_index is None:
             s._init_step_index(timestep)  # what step() would do first
-        if hasattr(s, "precondition_outputs"):
+        if "precondition_outputs" in has:
             kind = Kind.edm(s.config.sigma_data)
             sign = -1 if s.config.prediction_type == "v_prediction" else 1
             return LevelReading(kind, Level.ve(self._sigma()), sign)
-        if hasattr(s, "_sigma_to_alpha_sigma_t"):
+        if "_sigma_to_alpha_sigma_t" in has:
             return self._solver()
-        if hasattr(s, "_alpha_cumprod"):  # Wuerstchen: continuous, one time for the batch
+        if "_alpha_cumprod" in has:  # Wuerstchen: continuous, one time for the batch
             return LevelReading(self._kind(), Level.vp(s._alpha_cumprod(_flat(timestep), "cpu")[0]))
-        if hasattr(s, "alphas_cumprod"):
+        if "alphas_cumprod" in has:
             if self._tabled():
                 level = Level.vp(self.table("alphas_cumprod")[int(timestep)])
                 return LevelReading(self._kind(), level)
@@ -126,11 +137,9 @@ class LevelReader:
         (KDPM2, DPM-Solver SDE, PNDM, schedulers of your own).
         """
         s = self.scheduler
-        own = callable(getattr(s, "noise_level", None)) or hasattr(s, "_alpha_cumprod")
-        between = ("sigmas_interpol", "mid_point_sigma", "prk_timesteps")
-        if own or solver_stage(s) or any(hasattr(s, name) for name in between):
+        if self._has & {"noise_level", "_alpha_cumprod", *_BETWEEN} or self.stage():
             return None
-        if hasattr(s, "alphas_cumprod") and self._tabled():
+        if self._tabled():
             times = self.table("timesteps")
             here = (times == _flat(timestep)).nonzero()
             if not len(here):
@@ -139,7 +148,7 @@ class LevelReader:
             if after < len(times):
                 return Level.vp(self.table("alphas_cumprod")[int(times[after])])
             return Level.vp(torch.as_tensor(getattr(s, "final_alpha_cumprod", 1.0)).float().cpu())
-        if getattr(s, "sigmas", None) is None:
+        if "sigmas" not in self._has or s.sigmas is None:
             return None
         sigmas = self.table("sigmas")
         after = s.step_index + 1
@@ -151,29 +160,59 @@ class LevelReader:
         None where the scheduler keeps no table of them.
         """
         s = self.scheduler
-        if callable(getattr(s, "noise_level", None)) or hasattr(s, "_alpha_cumprod"):
+        if self._has & {"noise_level", "_alpha_cumprod"}:
             return None
-        if hasattr(s, "alphas_cumprod") and self._tabled():
+        if self._tabled():
             times = self.table("timesteps")
             here = (times == _flat(timestep)).nonzero()
             left = times[int(here[0]) :].long() if len(here) else None
             return None if left is None else Level.vp(self.table("alphas_cumprod")[left]).ratio
-        if getattr(s, "sigmas", None) is None or s.step_index is None:
+        if "sigmas" not in self._has or s.sigmas is None or s.step_index is None:
             return None
         sigmas = self.table("sigmas")
         return self._level_at(sigmas[s.step_index : max(len(sigmas) - 1, s.step_index + 1)]).ratio
 
+    def stage(self) -> int:
+        """0 if the next evaluation opens a solver step, 1, 2, 3 for later ones (Heun, PNDM)."""
+        s = self.scheduler
+        if "prk_timesteps" in self._has:  # three Runge-Kutta steps of four evaluations, or a pair
+            counter = s.counter
+            if not s.config.skip_prk_steps and counter < len(s.prk_timesteps):
+                return int(counter % 4)
+            return int(s.config.skip_prk_steps and counter == 1)
+        return 0 if "state_in_first_order" not in self._has or s.state_in_first_order else 1
+
+    def steps(self, timestep: Tensor | float) -> int:
+        """How many solver steps are left, asked before the first ``step`` of a trajectory.
+
+        Image-to-image starts in the middle of ``timesteps``, and solvers with two stages list most
+        of them twice; both are taken into account.
+        """
+        s = self.scheduler
+        if getattr(s, "timesteps", None) is None:
+            return 1
+        times = self.table("timesteps")
+        start = getattr(s, "step_index", None)
+        if start is None:
+            here = (times == _flat(timestep)).nonzero()
+            start = int(here[0]) if len(here) else 0
+        left = len(times) - start
+        if "prk_timesteps" in self._has:
+            extra = 1 if s.config.skip_prk_steps else len(s.prk_timesteps) * 3 // 4
+            return max(1, left - extra)
+        return max(1, (left + 1) // 2 if "state_in_first_order" in self._has else left)
+
     def _tabled(self) -> bool:
         """Whether levels are looked up by timestep in ``alphas_cumprod``."""
-        s = self.scheduler
-        if hasattr(s, "_sigma_to_alpha_sigma_t"):
+        s, has = self.scheduler, self._has
+        if "alphas_cumprod" not in has or "_sigma_to_alpha_sigma_t" in has:
             return False
-        return getattr(s, "sigmas", None) is None or type(s).__name__ in _VP_WITH_SIGMAS
+        return "sigmas" not in has or s.sigmas is None or type(s).__name__ in _VP_WITH_SIGMAS
 
     def _level_at(self, sigma: Tensor) -> Level:
         """What an entry of ``sigmas`` means."""
-        s = self.scheduler
-        if hasattr(s, "_sigma_to_alpha_sigma_t") and not hasattr(s, "precondition_outputs"):
+        s, has = self.scheduler, self._has
+        if "_sigma_to_alpha_sigma_t" in has and "precondition_outputs" not in has:
             if s.config.get("use_flow_sigmas", False):
                 return Level(1 - sigma, sigma)
             return Level(*s._sigma_to_alpha_sigma_t(sigma))
@@ -193,9 +232,9 @@ class LevelReader:
 
     def _sigma(self) -> Tensor:
         s, index = self.scheduler, self.scheduler.step_index
-        if not getattr(s, "state_in_first_order", True):
+        if self.stage():
             # Second stages that are evaluated between two entries of ``sigmas``.
-            if hasattr(s, "sigmas_interpol"):
+            if "sigmas_interpol" in self._has:
                 ancestral = "Ancestral" in type(s).__name__
                 return self.table("sigmas_interpol")[index - 1 if ancestral else index]
             if getattr(s, "mid_point_sigma", None) is not None:
@@ -241,33 +280,3 @@ def adds_noise(scheduler: Any, options: Mapping[str, Any]) -> bool:
         or bool(config.get("stochastic_sampling", False))
         or any(float(options.get(name) or 0) > 0 for name in ("eta", "s_churn"))
     )
-
-
-def solver_stage(scheduler: Any) -> int:
-    """0 if the next evaluation opens a solver step, 1, 2, 3 for its later stages (Heun, PNDM)."""
-    if hasattr(scheduler, "prk_timesteps"):  # PNDM: three Runge-Kutta steps of four, or one of two
-        counter = scheduler.counter
-        if not scheduler.config.skip_prk_steps and counter < len(scheduler.prk_timesteps):
-            return int(counter % 4)
-        return int(scheduler.config.skip_prk_steps and counter == 1)
-    return 0 if getattr(scheduler, "state_in_first_order", True) else 1
-
-
-def solver_steps(reader: LevelReader, timestep: Tensor | float) -> int:
-    """How many solver steps are left, counted before the first ``step`` of a trajectory.
-
-    Image-to-image starts in the middle of ``timesteps``, and solvers with two stages list most of
-    them twice; both are taken into account.
-    """
-    s = reader.scheduler
-    if getattr(s, "timesteps", None) is None:
-        return 1
-    times = reader.table("timesteps")
-    start = getattr(s, "step_index", None)
-    if start is None:
-        here = (times == _flat(timestep)).nonzero()
-        start = int(here[0]) if len(here) else 0
-    left = len(times) - start
-    if hasattr(s, "prk_timesteps"):
-        return max(1, left - 1 if s.config.skip_prk_steps else left - len(s.prk_timesteps) * 3 // 4)
-    return max(1, (left + 1) // 2 if hasattr(s, "state_in_first_order") else left)

@@ -22,7 +22,7 @@ from ..core.step import Guidance
 from .apply import Applied, apply_rule, autograd_allowed
 from .families import check_supported
 from .intercept import Arguments, Interception
-from .levels import LevelReader, LevelReading, adds_noise, solver_stage, solver_steps
+from .levels import LevelReader, LevelReading, adds_noise
 from .loading import load_weak
 from .observe import Recorder
 from .predictions import DOUBLED, SINGLE, Predictions, is_doubled, layout_of
@@ -139,6 +139,7 @@ class Steering(AbstractContextManager["Steering"]):
 
     def _begin(self) -> None:
         self._now = Trajectory()
+        self._reader = LevelReader(self._scheduler)
         self._recorder.take()
         self.steps = []
         self.trajectories += 1
@@ -165,10 +166,10 @@ class Steering(AbstractContextManager["Steering"]):
     def _advance(self, timestep: Any, options: Mapping[str, Any]) -> LevelReading:
         """Read the noise level and count the solver's steps, before the scheduler moves on."""
         reading, now = self._reader.read(timestep), self._now
-        now.stage = solver_stage(self._scheduler)
+        now.stage = self._reader.stage()
         now.ratios = self._reader.remaining(timestep) if now.index < 0 else None
         if now.index < 0:
-            now.count = solver_steps(self._reader, timestep)
+            now.count = self._reader.steps(timestep)
             now.stochastic = adds_noise(self._scheduler, options)
         if now.index < 0 or now.stage == 0:
             now.index += 1

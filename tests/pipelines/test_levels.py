@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffsteer.core import Kind, Level, from_denoised, to_denoised
 from diffsteer.pipelines import LevelReading, noise_level
-from diffsteer.pipelines.levels import LevelReader, solver_stage, solver_steps
+from diffsteer.pipelines.levels import LevelReader
 from diffsteer.pipelines.spaces import Space
 
 pytestmark = [  # of diffusers (KDPM2) and of torchsde
@@ -123,9 +123,10 @@ def test_a_perfect_model_of_one_point_ends_there(config: Config) -> None:
 def test_steps_and_stages_are_counted(config: Config) -> None:
     run = Walk(config)
     noise_level(run.scheduler, run.t)
-    count, opened = solver_steps(LevelReader(run.scheduler), run.t), 0
+    reader = LevelReader(run.scheduler)
+    count, opened = reader.steps(run.t), 0
     while run.times:
-        opened += solver_stage(run.scheduler) == 0
+        opened += reader.stage() == 0
         run.step(torch.zeros_like(run.x))
     assert count == opened == STEPS
 
@@ -137,10 +138,10 @@ def test_image_to_image_counts_the_steps_that_are_left() -> None:
         scheduler.set_begin_index(begin)
         t = scheduler.timesteps[begin]
         noise_level(scheduler, t)
-        assert solver_steps(LevelReader(scheduler), t) == STEPS - 2
+        assert LevelReader(scheduler).steps(t) == STEPS - 2
     scheduler = diffusers.DDIMScheduler()
     scheduler.set_timesteps(STEPS)
-    assert solver_steps(LevelReader(scheduler), scheduler.timesteps[2]) == STEPS - 2
+    assert LevelReader(scheduler).steps(scheduler.timesteps[2]) == STEPS - 2
 
 
 def test_levels_are_scalars_on_the_cpu_and_tables_follow_the_scheduler() -> None:
