@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .prediction import Level
+from .prediction import Kind, Level
 
 Branch = Literal["cond", "uncond"]
 
@@ -67,6 +67,8 @@ class Step:
             first step of a trajectory; None at the others and where the adapter cannot tell.
         stochastic: whether the solver adds noise, where the adapter can tell.
         classes: how many class labels the model knows, where the adapter can tell.
+        output_kind: what the raw outputs mean that these denoised predictions were made of; None
+            where they were made of none: the rule is handed the outputs, or the model denoises.
     """
 
     x: Tensor
@@ -86,6 +88,7 @@ class Step:
     ratios: Tensor | None = None
     stochastic: bool = False
     classes: int | None = None
+    output_kind: Kind | None = None
 
     def need_uncond(self, who: str) -> Tensor:
         """The unconditional prediction, or an error that says how to get one.

@@ -6,6 +6,11 @@ from .autoguidance import AutoGuidance as AutoGuidance
 from .cfg import ClassifierFreeGuidance as ClassifierFreeGuidance
 from .cfg import classifier_free as classifier_free
 from .cfgmp import ManifoldProjectedGuidance as ManifoldProjectedGuidance
+from .cfgzero import ClassifierFreeZeroStarGuidance as ClassifierFreeZeroStarGuidance
+from .cfgzero import optimised_scale as optimised_scale
+from .cfgzero import zero_star as zero_star
+from .degraded_pass import DegradedPassGuidance as DegradedPassGuidance
+from .degraded_pass import away_from_degraded as away_from_degraded
 from .elucd import CalibratedClassifierGuidance as CalibratedClassifierGuidance
 from .elucd import calibrated_energy as calibrated_energy
 from .elucd import smooth_activations as smooth_activations
@@ -18,6 +23,8 @@ from .labels import match_classes as match_classes
 from .presets import APG_PRESETS as APG_PRESETS
 from .presets import PRESETS as PRESETS
 from .presets import Preset as Preset
+from .rescale import RescaledGuidance as RescaledGuidance
+from .rescale import rescaled as rescaled
 from .schedule import CosineScale as CosineScale
 from .schedule import LinearScale as LinearScale
 from .schedule import ScaleSchedule as ScaleSchedule
@@ -30,7 +37,9 @@ __all__ = [
     "AutoGuidance",
     "CalibratedClassifierGuidance",
     "ClassifierFreeGuidance",
+    "ClassifierFreeZeroStarGuidance",
     "CosineScale",
+    "DegradedPassGuidance",
     "GradientFreeClassifierGuidance",
     "GuidanceInterval",
     "LabelCheck",
@@ -38,15 +47,20 @@ __all__ = [
     "ManifoldProjectedGuidance",
     "MergedClasses",
     "Preset",
+    "RescaledGuidance",
     "ScaleSchedule",
     "adaptive_projected",
+    "away_from_degraded",
     "calibrated_energy",
     "check_label_map",
     "classifier_free",
     "match_classes",
+    "optimised_scale",
     "parse_scale",
+    "rescaled",
     "rules",
     "smooth_activations",
+    "zero_star",
 ]
 
 

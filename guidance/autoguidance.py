@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.step import Branch, Guidance, Step
 from .cfg import ClassifierFreeGuidance
-from .checks import check_rule
+from .checks import check_model, check_rule
 from .schedule import Scale, check_scale, scale_at
 
 
@@ -57,11 +57,7 @@ class AutoGuidance:
             check_scale(self.scale)
         else:
             check_rule("rule", self.rule)
-        if isinstance(self.model, type) or not (self.model is None or callable(self.model)):
-            raise TypeError(
-                "model must be called like the denoiser (a module such as weak_pipe.transformer), "
-                f"got {self.model!r}"
-            )
+        check_model("model", self.model)
 
     needs_uncond: ClassVar[bool] = False  # the weak model's prediction takes its place
 

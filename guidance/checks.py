@@ -114,6 +114,36 @@ def check_rule(name: str, rule: Any) -> None:
         )
 
 
+def check_still(rule: Any, who: str) -> None:
+    """Refuse a rule to be wrapped by ``who`` that is none, or that moves the noisy sample.
+
+    Raises:
+        TypeError: for what is no guidance method.
+        ValueError: for one that moves the sample: its prediction belongs to another sample than
+            ``step.cond``.
+    """
+    check_rule("rule", rule)
+    if getattr(rule, "moves", False):
+        name = type(rule).__name__
+        raise ValueError(
+            f"rule moves the sample, so {who} would compare predictions at two samples; put {name} "
+            f"outermost: {name}({who}(...))"
+        )
+
+
+def check_model(name: str, model: Any) -> None:
+    """Refuse what cannot be called as the denoiser is called; None will do.
+
+    Raises:
+        TypeError: for a class, or anything that is not callable.
+    """
+    if isinstance(model, type) or not (model is None or callable(model)):
+        raise TypeError(
+            f"{name} must be called like the denoiser (a module such as weak_pipe.transformer), "
+            f"got {model!r}"
+        )
+
+
 def check_classifier(classifier: Any) -> None:
     """Refuse what does not map images to logits, or would do so in training mode.
 

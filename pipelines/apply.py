@@ -138,6 +138,7 @@ def _make_step(seen: Predictions, space: Space | None, now: Trajectory, timestep
         ratios=now.ratios,
         stochastic=now.stochastic,
         classes=known_classes(plain(seen.calls[0].module)) if seen.calls else None,
+        output_kind=None if space is None else seen.reading.kind,
     )
 
 

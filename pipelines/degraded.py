@@ -1,4 +1,4 @@
-"""A degraded pass of a model as its own weak model: some of its layers are passed over."""
+"""A degraded pass of a model as its own weak model: layers passed over, attention perturbed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .observe import plain
+from .observe import Call, plain
+from .perturbed import perturbed, self_attentions
 
 _LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
 
 
 class DegradedPass:
-    """Calls a denoiser with some layers passed over: what they are given is what they return.
+    """Calls a denoiser with some layers passed over, or attentions that attend to nothing.
 
     Build one with ``degraded``. It is called like the denoiser, so it serves wherever a weak model
     does: ``steer(pipe, AutoGuidance(2.0), weak=degraded(pipe.transformer, skip=[3]))``. The weights
@@ -23,21 +24,48 @@ class DegradedPass:
     denoiser is run uncompiled.
     """
 
-    def __init__(self, module: nn.Module, layers: dict[str, nn.Module]) -> None:
-        self.module, self.layers = module, layers
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: dict[str, nn.Module],
+        attentions: dict[str, nn.Module] | None = None,
+    ) -> None:
+        self.module, self.layers, self.attentions = module, layers, attentions or {}
 
     @property
     def id(self) -> str:
         """Model and layers, for records of a run."""
-        return f"{type(self.module).__name__} without {', '.join(self.layers)}"
+        kinds = (("without", self.layers), ("with perturbed", self.attentions))
+        said = [f"{kind} {', '.join(layers)}" for kind, layers in kinds if layers]
+        return f"{type(self.module).__name__} {' and '.join(said)}"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The denoiser's output without the layers.
+    def of(self, call: Call) -> DegradedPass:
+        """The same pass of the network that made a call, where a pipeline has two (Wan 2.2).
 
         Raises:
-            ValueError: if a layer returns something of another shape than it is given.
+            ValueError: if the other network has no such layers.
         """
-        with self._passed_over():
+        made_by = plain(call.module)
+        if made_by is self.module or all(plain(m) is not self.module for m in call.siblings):
+            return self
+        names = dict(made_by.named_modules())
+        if missing := [name for name in (*self.layers, *self.attentions) if name not in names]:
+            raise ValueError(
+                f"the degraded pass names {', '.join(missing)}, which another network of the "
+                "pipeline does not have; give each its own by GuidanceInterval.two_experts"
+            )
+        return DegradedPass(
+            made_by, *({n: names[n] for n in own} for own in (self.layers, self.attentions))
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The denoiser's output under the degradation.
+
+        Raises:
+            ValueError: if a layer returns something of another shape than it is given, or an
+                attention does not go through PyTorch's ``scaled_dot_product_attention``.
+        """
+        with self._passed_over(), perturbed(self.attentions):
             return self.module(*args, **kwargs)
 
     @contextmanager
@@ -49,25 +77,43 @@ class DegradedPass:
             yield
 
 
-def degraded(module: nn.Module, *, skip: Sequence[int | str]) -> DegradedPass:
-    """A weak model made of the model itself, without some of its layers.
+def degraded(
+    module: nn.Module, *, skip: Sequence[int | str] = (), perturb: Sequence[int | str] = ()
+) -> DegradedPass:
+    """A weak model made of the model itself, with some of its layers spoilt.
 
     Args:
         module: the denoiser, e.g. ``pipe.transformer``.
         skip: layers to pass over: numbers of transformer blocks, counted through
             ``transformer_blocks``, then ``single_transformer_blocks`` (negative from the end), or
             names of modules such as "mid_block".
+        perturb: layers whose self-attentions attend to nothing, named likewise: every token keeps
+            its own value. Where text and image tokens attend together (SD3, Flux) all of them do.
 
     Raises:
         TypeError: if ``module`` is no module.
-        ValueError: if nothing is skipped, or there is no such layer.
+        ValueError: if nothing is named, there is no such layer, or no self-attention in it.
 
-    Source: passing over layers is the degradation of skip-layer guidance; which layers hurt in the
-    right way belongs to a model, those around its middle are a start.
+    Source: passing over layers is the degradation of skip-layer guidance, the identity for an
+    attention map that of perturbed-attention guidance (2403.17377); which layers hurt in the right
+    way belongs to a model, those around its middle are a start. Over text and image tokens the
+    identity is that of diffusers' ``PerturbedAttentionGuidance``; its StableDiffusion3PAGPipeline
+    lets image tokens go on seeing the text.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be the denoiser, a torch module, got {type(module).__name__}")
     inner = plain(module)
+    layers, spoilt = _named_layers(inner, "skip", skip), _named_layers(inner, "perturb", perturb)
+    if not layers and not spoilt:
+        raise ValueError("skip names no layer, nor does perturb; nothing would be degraded")
+    attentions = [self_attentions(name, layer) for name, layer in spoilt.items()]
+    return DegradedPass(inner, layers, {k: v for found in attentions for k, v in found.items()})
+
+
+def _named_layers(
+    inner: nn.Module, argument: str, wanted: Sequence[int | str]
+) -> dict[str, nn.Module]:
+    """Layers by number of the block or by name."""
     blocks = [
         (f"{name}.{index}", block)
         for name in _LISTS
@@ -75,20 +121,18 @@ def degraded(module: nn.Module, *, skip: Sequence[int | str]) -> DegradedPass:
     ]
     named = dict(inner.named_modules())
     layers: dict[str, nn.Module] = {}
-    for layer in skip:
+    for layer in wanted:
         if isinstance(layer, str) and layer in named and layer:
             layers[layer] = named[layer]
         elif isinstance(layer, int) and -len(blocks) <= layer < len(blocks):
             layers.update([blocks[layer]])
         else:
             raise ValueError(
-                f"skip: {type(inner).__name__} has no layer {layer!r}; it has {len(blocks)} "
+                f"{argument}: {type(inner).__name__} has no layer {layer!r}; it has {len(blocks)} "
                 f"transformer blocks, numbered from 0, and modules such as "
                 f"{', '.join(name for name, _ in inner.named_children())}"
             )
-    if not layers:
-        raise ValueError("skip names no layer; nothing would be degraded")
-    return DegradedPass(inner, layers)
+    return layers
 
 
 def _given_back(name: str) -> Any:

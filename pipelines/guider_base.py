@@ -135,6 +135,8 @@ class RuleGuider(BaseGuidance):
             return False
         if self._reader is None or not isinstance(self.rule, GuidanceInterval):
             return True
+        if self.rule.outside is not None:
+            return True
         ratio = self._reader.read(timestep).level.ratio
         if index == 0:
             check_reached(self._reader.remaining(timestep), self.rule.low, self.rule.high)
@@ -244,7 +246,7 @@ _MOVES = "moves the noisy sample, which a guider cannot do; use steer(pipe, rule
 
 
 def _does_nothing(rule: Any) -> bool:
-    if isinstance(rule, GuidanceInterval):
+    if isinstance(rule, GuidanceInterval) and rule.outside is None:
         return _does_nothing(rule.rule)
     known = isinstance(rule, (ClassifierFreeGuidance, AdaptiveProjectedGuidance))
     return known and rule.scale == 1

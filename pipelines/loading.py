@@ -54,8 +54,9 @@ def load_weak(model: str | Path, pipe: Any) -> Any:
     """The weak model of autoguidance: a denoiser called like the one of ``pipe``.
 
     Args:
-        model: "embedded", the folder of a pipeline or of its denoiser alone, or "skip:3,4": the
-            denoiser of ``pipe`` itself without these layers, see ``degraded``.
+        model: "embedded", the folder of a pipeline or of its denoiser alone, or "skip:3,4" or
+            "perturb:3,4": the denoiser of ``pipe`` itself without these layers, or without their
+            self-attention, see ``degraded``.
         pipe: the pipeline that it will guide; gives the class, dtype and device.
 
     Raises:
@@ -67,15 +68,17 @@ def load_weak(model: str | Path, pipe: Any) -> Any:
     strong = getattr(pipe, name)
     if str(model) == "embedded":
         return embedded.load_embedded_weak(dtype=strong.dtype, device=strong.device)
-    if str(model).startswith("skip:"):
-        return degraded(strong, skip=_layers(str(model).removeprefix("skip:")))
+    kind, _, layers = str(model).partition(":")
+    if kind in ("skip", "perturb"):
+        return degraded(strong, **{kind: _layers(layers)})
     folder = Path(model).expanduser()
     _check_target(folder, pipe)
     folder = folder / name if (folder / "model_index.json").is_file() else folder
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"weak: there is no model in the folder {str(model)!r} (no config.json); give "
-            "'embedded', the folder of a pipeline or of its denoiser, or 'skip:' and layers"
+            "'embedded', the folder of a pipeline or of its denoiser, 'skip:' or 'perturb:' and "
+            "layers"
         )
     try:
         weak = type(strong).from_pretrained(folder, **embedded.as_dtype(strong.dtype))

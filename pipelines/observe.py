@@ -21,12 +21,16 @@ Scale = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a denoiser: ``module(*args, **kwargs)`` gave ``output``, a tensor of R rows."""
+    """One call of a denoiser: ``module(*args, **kwargs)`` gave ``output``, a tensor of R rows.
+
+    ``siblings`` are the networks of the pipeline that may predict, this one among them.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
+    siblings: tuple[nn.Module, ...] = ()
 
     @property
     def sample_name(self) -> str:
@@ -93,7 +97,8 @@ class Recorder:
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._paused:
             self.seen += 1
-            self.calls.append(Call(module, args, kwargs, first_tensor(output)))
+            seen = Call(module, args, kwargs, first_tensor(output), tuple(self.modules))
+            self.calls.append(seen)
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -139,7 +144,8 @@ def replay(
 
     Args:
         call: what the pipeline called.
-        function: what to call in the module's place, with the same arguments.
+        function: what to call in the module's place, with the same arguments; what has a method
+            ``of(call)`` is asked for the function first.
         sample: another network input for the noisy sample; None keeps the recorded one.
         overrides: other values for arguments of the denoiser, by name. A tensor with half the rows
             of the recorded one fills the rows of ``half`` alone; one row is repeated.
@@ -175,8 +181,10 @@ def replay(
     if not torch.is_inference_mode_enabled():  # autograd cannot save inference tensors
         args, kwargs = tree_map(normal, (args, kwargs))
     context = getattr(call.module, "cache_context", None)
+    chosen = call.module if function is None else function
+    chosen = chosen.of(call) if hasattr(chosen, "of") else chosen
     with nullcontext() if context is None else context(cache):
-        return first_tensor((call.module if function is None else function)(*args, **kwargs))
+        return first_tensor(chosen(*args, **kwargs))
 
 
 def normal(value: Any) -> Any:

@@ -184,9 +184,9 @@ class _Log:
             value = getattr(rule, item.name)
             if item.name == "classifier":
                 changes["classifier"] = self._watched(value)
-            elif item.name == "rule" and value is not None:
+            elif item.name in ("rule", "outside") and value is not None:
                 inner = self.watch(value)
-                changes |= {} if inner is value else {"rule": inner}
+                changes |= {} if inner is value else {item.name: inner}
         return replace(rule, **changes) if changes else rule
 
     def _watched(self, classifier: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -18,10 +18,13 @@ from diffsteer.guidance import (
     AutoGuidance,
     CalibratedClassifierGuidance,
     ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    DegradedPassGuidance,
     GradientFreeClassifierGuidance,
     GuidanceInterval,
     LinearScale,
     ManifoldProjectedGuidance,
+    RescaledGuidance,
 )
 
 
@@ -58,6 +61,36 @@ EXAMPLES: dict[str, tuple[Guidance, Guidance]] = {
     "GuidanceInterval of APG": (
         GuidanceInterval.flow(AdaptiveProjectedGuidance(6.0), 0.3, 0.8),
         GuidanceInterval.flow(AdaptiveProjectedGuidance(6.0), 0.99, 1.0),
+    ),
+    "GuidanceInterval between two rules": (
+        GuidanceInterval.two_experts(
+            AdaptiveProjectedGuidance(6.0), ClassifierFreeGuidance(LinearScale(1.5, 3.0)), 0.6
+        ),
+        GuidanceInterval.two_experts(ClassifierFreeGuidance(1.0), ClassifierFreeGuidance(1.0), 0.6),
+    ),
+    "ClassifierFreeZeroStarGuidance": (
+        ClassifierFreeZeroStarGuidance(3.0, zero_init_steps=0),
+        ClassifierFreeZeroStarGuidance(1.0, zero_init_steps=0),
+    ),
+    "ClassifierFreeZeroStarGuidance, zero steps": (
+        ClassifierFreeZeroStarGuidance(LinearScale(1.5, 3.0), zero_init_steps=2),
+        ClassifierFreeZeroStarGuidance(1.0, zero_init_steps=0),
+    ),
+    "DegradedPassGuidance": (
+        DegradedPassGuidance(ClassifierFreeGuidance(3.0), 2.0, start=0.2, stop=0.8),
+        DegradedPassGuidance(ClassifierFreeGuidance(1.0), 0.0),
+    ),
+    "DegradedPassGuidance beside APG, scheduled": (
+        DegradedPassGuidance(AdaptiveProjectedGuidance(6.0), LinearScale(0.0, 3.0), 0.0, 1.0),
+        DegradedPassGuidance(AdaptiveProjectedGuidance(1.0), LinearScale(0.0, 0.0), 0.0, 1.0),
+    ),
+    "RescaledGuidance": (
+        RescaledGuidance(ClassifierFreeGuidance(3.0)),
+        RescaledGuidance(ClassifierFreeGuidance(1.0)),
+    ),
+    "RescaledGuidance of APG, in an interval": (
+        GuidanceInterval(RescaledGuidance(AdaptiveProjectedGuidance(6.0), 1.0), 0.5, 3.0),
+        GuidanceInterval(RescaledGuidance(AdaptiveProjectedGuidance(6.0), 1.0), 100.0),
     ),
     "AutoGuidance": (AutoGuidance(2.5), AutoGuidance(1.0)),
     "AutoGuidance with projection, in an interval": (
@@ -182,8 +215,10 @@ def test_follows_a_permutation_of_the_batch(name: str, world: World) -> None:
     torch.testing.assert_close(run(rule, world)[:, order], run(rule, world.rows(order)))
 
 
-# EluCD's push is the gradient of a classifier: it needs no difference between two predictions.
-DIFFERENCES = [name for name in EXAMPLES if name != "CalibratedClassifierGuidance"]
+# EluCD's push is the gradient of a classifier: it needs no difference between two predictions, nor
+# does a velocity of zero.
+WITHOUT = ("CalibratedClassifierGuidance", "ClassifierFreeZeroStarGuidance, zero steps")
+DIFFERENCES = [name for name in EXAMPLES if name not in WITHOUT]
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
@@ -304,6 +339,12 @@ def test_same_on_the_gpu(name: str, world: World) -> None:
 
 
 NUMBERS = [
+    (ClassifierFreeZeroStarGuidance, "scale"),
+    (ClassifierFreeZeroStarGuidance, "zero_init_steps"),
+    (DegradedPassGuidance, "scale"),
+    (DegradedPassGuidance, "start"),
+    (DegradedPassGuidance, "stop"),
+    (RescaledGuidance, "rescale"),
     (AdaptiveProjectedGuidance, "eta"),
     (AdaptiveProjectedGuidance, "radius"),
     (AdaptiveProjectedGuidance, "relative_radius"),
@@ -321,6 +362,8 @@ def test_refuses_what_is_no_number(cls: type, field: str, value: object) -> None
     if value is None and field in ("radius", "relative_radius"):
         pytest.skip("None means: the other one")
     given = {"start": 1.0} if cls is LinearScale else {}
+    if "rule" in {item.name for item in dataclasses.fields(cls)}:
+        given = {"rule": ClassifierFreeGuidance()}
     wrong_type = not isinstance(value, float)
     with pytest.raises(TypeError if wrong_type else ValueError, match=field):
         cls(**given, **{field: value})

@@ -20,9 +20,12 @@ from diffsteer.guidance import (
     AutoGuidance,
     CalibratedClassifierGuidance,
     ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    DegradedPassGuidance,
     GradientFreeClassifierGuidance,
     GuidanceInterval,
     ManifoldProjectedGuidance,
+    RescaledGuidance,
     rules,
 )
 from diffsteer.pipelines import RuleGuider, degraded, install_guider
@@ -73,6 +76,18 @@ CASES: dict[str, Case] = {
     "GuidanceInterval": Case(
         GuidanceInterval(AdaptiveProjectedGuidance(6.0), 0.05),
         GuidanceInterval(ClassifierFreeGuidance(1.0), 0.05),
+    ),
+    "ClassifierFreeZeroStarGuidance": Case(
+        ClassifierFreeZeroStarGuidance(3.0), ClassifierFreeZeroStarGuidance(1.0, 0)
+    ),
+    "RescaledGuidance": Case(
+        RescaledGuidance(AdaptiveProjectedGuidance(6.0)),
+        RescaledGuidance(ClassifierFreeGuidance(1.0)),
+    ),
+    "DegradedPassGuidance": Case(
+        DegradedPassGuidance(CFG, 2.0, start=0, stop=1),
+        DegradedPassGuidance(ClassifierFreeGuidance(1.0), 0.0),
+        (1, 1),
     ),
     "AutoGuidance": Case(AutoGuidance(2.5), AutoGuidance(1.0), (1, 1)),
     "GradientFreeClassifierGuidance": Case(
@@ -251,7 +266,7 @@ def test_as_a_guider_component(family: str, rule: str) -> None:
         return
     tiny = shared(family)
     weak = degraded(tiny.pipe.transformer, skip=[0])
-    if rule == "AutoGuidance":
+    if rule in ("AutoGuidance", "DegradedPassGuidance"):
         chosen = replace(chosen, model=weak)
     if rule == "GradientFreeClassifierGuidance":
         if family == "modular-z-image":
