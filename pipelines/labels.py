@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from ..core.noise import seeded_generators
-from .observe import plain
+from .observe import parameters_of, plain
 
 
 def label_ids(labels: Any, num_classes: int, ids: Mapping[str, int]) -> list[int]:
@@ -109,7 +108,7 @@ def known_classes(network: Any) -> int | None:
     """The number of class labels of a DiT or UNet, without the null class; None for any other."""
     network = plain(network)
     config = getattr(network, "config", None) or {}
-    if "class_labels" not in inspect.signature(network.forward).parameters:
+    if "class_labels" not in parameters_of(network):
         return None  # PixArt has DiT's embeddings, and no classes
     if config.get("num_embeds_ada_norm"):
         return int(config["num_embeds_ada_norm"])

@@ -6,6 +6,7 @@ and caching hooks replace ``module.forward`` and come back after every run, forw
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,7 +36,7 @@ class Call:
     @property
     def sample_name(self) -> str:
         """The argument that carries the noisy sample: the first one of ``forward``."""
-        return _parameters(self.module)[0]
+        return parameters_of(self.module)[0]
 
     @property
     def sample(self) -> Any:
@@ -45,13 +46,13 @@ class Call:
     @property
     def names(self) -> list[str]:
         """The arguments that were given."""
-        return [*_parameters(self.module)[: len(self.args)], *self.kwargs]
+        return [*parameters_of(self.module)[: len(self.args)], *self.kwargs]
 
     def argument(self, name: str) -> Any:
         """What was given for an argument, or None."""
         if name in self.kwargs:
             return self.kwargs[name]
-        given = dict(zip(_parameters(self.module), self.args, strict=False))
+        given = dict(zip(parameters_of(self.module), self.args, strict=False))
         return given.get(name)
 
     def describe(self) -> str:
@@ -127,8 +128,14 @@ def plain(module: nn.Module) -> nn.Module:
     return module if inner is None else inner
 
 
-def _parameters(module: nn.Module) -> list[str]:
-    return [n for n in inspect.signature(type(plain(module)).forward).parameters if n != "self"]
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """The arguments of the module's ``forward``, in order."""
+    return _parameters(type(plain(module)))
+
+
+@functools.lru_cache(64)  # asked at every step
+def _parameters(cls: Any) -> tuple[str, ...]:
+    return tuple(name for name in inspect.signature(cls.forward).parameters if name != "self")
 
 
 def replay(
@@ -161,7 +168,7 @@ def replay(
         TypeError: if an override is no argument of the denoiser.
     """
     args, kwargs = list(call.args), dict(call.kwargs)
-    names = _parameters(call.module)
+    names = parameters_of(call.module)
     for name, value in (overrides or {}).items():
         position = names.index(name) if name in names else None
         if position is None and name not in kwargs:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .observe import plain
+from .observe import parameters_of, plain
 
 _DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 _CASCADE = ("prior", "decoder")
@@ -95,9 +94,7 @@ def check_negative(negative: Any, modules: list[nn.Module]) -> None:
             "negative must be a dictionary of denoiser arguments, e.g. "
             f"{{'encoder_hidden_states': tensor}}, got {_describe(negative)}"
         )
-    names = [
-        n for n in inspect.signature(type(plain(modules[0])).forward).parameters if n != "self"
-    ]
+    names = parameters_of(modules[0])
     unknown = sorted(set(negative) - set(names))
     if unknown:
         raise TypeError(
