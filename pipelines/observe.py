@@ -130,7 +130,8 @@ def plain(module: nn.Module) -> nn.Module:
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """The arguments of the module's ``forward``, in order."""
-    return _parameters(type(plain(module)))
+    cls: Any = type(plain(module))
+    return _parameters(cls)
 
 
 @functools.lru_cache(64)  # asked at every step
