@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from .features import COLUMNS, FeatureSet
+from .report import whole_file
 
 
 def default_cache_folder() -> Path:
@@ -49,12 +49,13 @@ class FeatureCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f".{key}.lock"
-        with path.open("w") as file:
-            _wait_for(file)
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        file = _locked(path)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()
+            file.close()
 
     @staticmethod
     def key(*parts: str | Sequence[int]) -> str:
@@ -83,18 +84,11 @@ class FeatureCache:
 
     def put(self, key: str, features: FeatureSet, note: dict[str, Any]) -> None:
         """Store under ``key``: written aside and renamed, so readers see all of it or nothing."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {f"tap/{n}": t.numpy() for n, t in features.taps.items()}
         for name in COLUMNS:
             arrays[name] = getattr(features, name).numpy()
-        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, note=np.array(json.dumps(note)), **arrays)
-            os.replace(temporary, self.folder / f"{key}.npz")
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with whole_file(self.folder / f"{key}.npz", overwrite=True) as file:
+            np.savez(file, note=np.array(json.dumps(note)), **arrays)
         self._shrink(keep=f"{key}.npz")
 
     def _shrink(self, keep: str) -> None:
@@ -114,10 +108,15 @@ class FeatureCache:
                 total -= size
 
 
-def _wait_for(file: IO[str]) -> None:
-    try:
-        import fcntl
+def _locked(path: Path) -> IO[str]:
+    """The file at ``path``, locked where that can be; one that its last holder removed is none."""
+    while True:
+        file = path.open("w")
+        with suppress(ImportError, OSError):
+            import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        return
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()

@@ -118,7 +118,7 @@ class Extractor:
         return taps
 
     def _micro(self, images: Tensor | list[Tensor]) -> Taps:
-        batch = resized(images, self.side, self.resize).to(self.device) / 255
+        batch = resized(images, self.side, self.resize, device=self.device) / 255
         short = self.micro_batch - len(batch)
         padded = torch.cat([batch, batch.new_zeros(short, *batch.shape[1:])]) if short else batch
         taps = self._run(padded, self.dtype)[: len(batch)]

@@ -53,8 +53,8 @@ def fd_infinity(
         smallest = min(max(count // 10, 2 * dim), count // 2)
     if points < 3 or smallest < 2 or count - smallest < points:
         raise ValueError(
-            f"extrapolation needs at least 3 subset sizes between {smallest} and {count}, "
-            f"got points = {points}"
+            f"extrapolation needs at least 3 different subset sizes, the smallest at least 2, got "
+            f"points = {points} from {smallest} to {count} samples; use more samples"
         )
     sizes = np.linspace(smallest, count, points).astype(int)
     moments, start, distances = Moments.zero(dim, fake.device), 0, []

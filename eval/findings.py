@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from .extractors import Extractor
 from .features import FeatureSet
 from .reference import Reference
 from .settings import Settings
 
 
-def findings(
-    fake: FeatureSet, reference: Reference, settings: Settings, extractor: Extractor
-) -> list[str]:
-    """Warnings about the samples themselves, each once, in words for the user."""
+def findings(fake: FeatureSet, reference: Reference, settings: Settings, space: str) -> list[str]:
+    """Warnings about the samples themselves, each once, in words for the user.
+
+    Args:
+        fake: the generated samples.
+        reference: what they are compared with.
+        settings: the protocol.
+        space: of the first extractor.
+    """
     return [
-        *_counts(fake, reference, settings, extractor.space),
+        *_counts(fake, reference, settings, space),
         *_copies(fake, reference),
         *_flatness(fake),
         *_balance(fake, reference),
@@ -65,16 +69,17 @@ def _balance(fake: FeatureSet, reference: Reference) -> list[str]:
         return []
     counts = torch.bincount(labels).double()
     real = reference.labels
+    whose = "those of the reference"
     if real is not None and len(real) and bool((real >= 0).all()):
         size = max(len(counts), int(real.max()) + 1)
         share = torch.bincount(labels, minlength=size).double() / len(labels)
         wanted = torch.bincount(real, minlength=size).double() / len(real)
     else:
-        present = counts > 0
-        share, wanted = counts[present] / len(labels), torch.tensor(1.0 / float(present.sum()))
-        wanted = wanted.expand_as(share).double()
+        whose = "one another"
+        share = counts[counts > 0] / len(labels)
+        wanted = torch.full_like(share, 1 / len(share))
     # Four standard deviations of a random draw: chance alone does not warn.
     spread = (wanted * (1 - wanted) / len(labels)).sqrt()
     if bool(((share - wanted).abs() > 4 * spread + 1 / len(labels)).any()):
-        return ["class shares of the generated samples differ from those of the reference"]
+        return [f"class shares of the generated samples differ from {whose}"]
     return []

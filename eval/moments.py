@@ -78,8 +78,9 @@ class Moments:
             return other if self.count == 0 else self
         count, gap = self.count + other.count, other.mean - self.mean
         mean = self.mean + gap * (other.count / count)
-        between = torch.outer(gap, gap) * (self.count * other.count / count)
-        return Moments(count, mean, self.scatter + other.scatter + between)
+        weight = self.count * other.count / count
+        scatter = torch.addr(self.scatter, gap, gap, alpha=weight).add_(other.scatter)
+        return Moments(count, mean, scatter)
 
     def packed(self) -> Tensor:
         """Count, mean and scatter as one float64 row, (1 + d + d²,), for collectives."""

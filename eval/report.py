@@ -6,10 +6,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,24 @@ def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:
     Raises:
         FileExistsError: if ``path`` exists and ``overwrite`` is false.
     """
+    with whole_file(path, overwrite=overwrite) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def whole_file(path: Path, *, overwrite: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write into, which takes the place of ``path`` at the end, or vanishes on an error.
+
+    Raises:
+        FileExistsError: if ``path`` exists and ``overwrite`` is false.
+    """
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another place or pass --overwrite")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            yield file
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException as error:

@@ -1,7 +1,8 @@
 """The five resizes that published numbers were computed with; they differ by up to 18 grey levels.
 
-Each takes one uint8 image (3, H, W) and a side length, and returns float32 (3, side, side) in
-[0, 255]. Images of the right size pass through all of them unchanged.
+Each takes a uint8 image (3, H, W) and a side length, and returns float32 (3, side, side) in
+[0, 255]; those that are no Pillow's take (B, 3, H, W) too, on any device. Images of the right size
+pass through all of them unchanged.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from torch.nn import functional as F
 
 def tf1_bilinear(image: Tensor, side: int) -> Tensor:
     """TensorFlow 1's ``resize_bilinear``: corners asymmetric, no antialiasing (ADM, EDM, FID)."""
-    rows = _tf1_axis(image.float(), side, 1)
-    return _tf1_axis(rows, side, 2)
+    return _tf1_axis(_tf1_axis(image.float(), side, -2), side, -1)
 
 
 def _tf1_axis(image: Tensor, side: int, axis: int) -> Tensor:
     size = image.shape[axis]
     # Float32 positions, as TensorFlow computes them: pixel i of the output looks at i * scale.
-    position = torch.arange(side, dtype=torch.float32) * np.float32(size / side).item()
+    scale = np.float32(size / side).item()
+    position = torch.arange(side, dtype=torch.float32, device=image.device) * scale
     low = position.floor().long().clamp_max(size - 1)
     high = (low + 1).clamp_max(size - 1)
-    share = (position - low).view([-1 if d == axis else 1 for d in range(3)])
+    share = (position - low).view(-1, 1) if axis == -2 else position - low
     first, second = image.index_select(axis, low), image.index_select(axis, high)
     return first + (second - first) * share
 
@@ -50,16 +51,18 @@ def pil_bicubic_float(image: Tensor, side: int) -> Tensor:
 
 def torch_bilinear_antialias(image: Tensor, side: int) -> Tensor:
     """PyTorch's antialiased bilinear, half-pixel centres (torchmetrics' default since 1.5)."""
-    return F.interpolate(
-        image.float()[None], (side, side), mode="bilinear", antialias=True, align_corners=False
-    )[0]
+    return _interpolated(image, side, "bilinear")
 
 
 def torch_bicubic_antialias(image: Tensor, side: int) -> Tensor:
     """PyTorch's antialiased bicubic (EDM2's FD-DINOv2); it overshoots and is not clamped."""
-    return F.interpolate(
-        image.float()[None], (side, side), mode="bicubic", antialias=True, align_corners=False
-    )[0]
+    return _interpolated(image, side, "bicubic")
+
+
+def _interpolated(image: Tensor, side: int, mode: str) -> Tensor:
+    batch = image.float() if image.ndim == 4 else image.float()[None]
+    found = F.interpolate(batch, (side, side), mode=mode, antialias=True, align_corners=False)
+    return found if image.ndim == 4 else found[0]
 
 
 RESIZES: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -71,25 +74,34 @@ RESIZES: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
-def resized(images: Tensor | list[Tensor], side: int, rule: str) -> Tensor:
-    """Resize every image singly by the named rule and stack them, float32 (B, 3, side, side).
+_PILLOWS = ("pil-bicubic", "pil-bicubic-float")
+
+
+def resized(
+    images: Tensor | list[Tensor], side: int, rule: str, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """All images resized by the named rule, float32 (B, 3, side, side), on ``device``.
 
     Args:
         images: uint8, shape (B, 3, H, W), or a list of (3, H, W) of any sizes.
         side: of the square that the extractor takes.
         rule: a key of ``RESIZES``.
+        device: of the result; what is no Pillow's is computed there.
 
     Raises:
         ValueError: if there is no such rule.
     """
     if rule not in RESIZES:
         raise ValueError(f"resize must be one of {', '.join(RESIZES)}, got {rule!r}")
-    if isinstance(images, Tensor) and images.shape[-2:] == (side, side):
-        return images.float()
-    resize = RESIZES[rule]
-    return torch.stack(
-        [
-            image.float() if image.shape[-2:] == (side, side) else resize(image.cpu(), side)
-            for image in images
-        ]
-    )
+    where = torch.device("cpu" if rule in _PILLOWS else device)
+
+    def fitted(part: Tensor) -> Tensor:
+        if part.shape[-2:] == (side, side):
+            return part.to(device).float()
+        return RESIZES[rule](part.to(where), side).to(device)
+
+    # One by one suits a CPU's cache; an accelerator would wait for every small kernel.
+    whole = where.type != "cpu" or images[0].shape[-2:] == (side, side)
+    if isinstance(images, Tensor) and whole:
+        return fitted(images)
+    return torch.stack([fitted(image) for image in images])

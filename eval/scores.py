@@ -71,13 +71,14 @@ def fd_inf(given: Inputs) -> Iterator[Score]:
     known = given.reference.gaussian_of(given.space)
     if known is None:
         raise CannotScore(f"the reference has no statistics in the space {given.space!r}")
+    rows = given.tap()
     try:
-        found = fd_infinity(known.gaussian(), given.tap())
+        found = fd_infinity(known.gaussian(), rows)
     except ValueError as error:
         raise CannotScore(str(error)) from error
     name = _distance_name("fd", given.space) + "-infinity"
     given.curves[name] = [found.counts.tolist(), found.distances.tolist()]
-    yield Score(name, found.value, found.stderr, False, len(given.tap()))
+    yield Score(name, found.value, found.stderr, False, len(rows))
 
 
 def kid(given: Inputs) -> Iterator[Score]:
@@ -215,9 +216,10 @@ def diversity(given: Inputs) -> Iterator[Score]:
 
 def realism_score(given: Inputs) -> Iterator[Score]:
     """Mean realism."""
-    if len(given.real()) <= given.settings.k:
-        raise CannotScore(f"needs more than k = {given.settings.k} real samples")
-    scores = realism(given.real(), given.tap(), given.settings.k, share=given.share)
+    real, k = given.real(), given.settings.k
+    if len(real) <= k:
+        raise CannotScore(f"needs more than k = {k} real samples")
+    scores = realism(real, given.tap(), k, share=given.share)
     finite = scores[torch.isfinite(scores)]  # a copy of a real sample is infinitely real
     value, stderr = mean_and_stderr(finite)
     yield Score(given.name("realism"), value, stderr, True, len(finite))
@@ -225,9 +227,10 @@ def realism_score(given: Inputs) -> Iterator[Score]:
 
 def authpct(given: Inputs) -> Iterator[Score]:
     """Share of samples that are no copies, in percent."""
-    if len(given.real()) < 2:
+    real = given.real()
+    if len(real) < 2:
         raise CannotScore("needs at least 2 real samples")
-    genuine = authentic(given.real(), given.tap(), share=given.share)
+    genuine = authentic(real, given.tap(), share=given.share)
     value, stderr = mean_and_stderr(100 * genuine.double())
     yield Score(given.name("authpct"), value, stderr, True, len(genuine))
 

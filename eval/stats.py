@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +17,7 @@ from .arrays import open_array
 from .frechet import Gaussian
 from .moments import Moments
 from .pickles import read_numbers
+from .report import whole_file
 
 FORMAT = 1
 
@@ -84,8 +83,6 @@ def write_statistics(path: Path, statistics: Statistics, *, overwrite: bool = Fa
     Raises:
         FileExistsError: if ``path`` exists and ``overwrite`` is false.
     """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")
     arrays: dict[str, NDArray[Any]] = {
         "mu": statistics.mean.cpu().numpy(),
         "sigma": statistics.covariance.cpu().numpy(),
@@ -96,19 +93,11 @@ def write_statistics(path: Path, statistics: Statistics, *, overwrite: bool = Fa
     if statistics.spatial is not None:
         arrays["mu_s"], arrays["sigma_s"] = (part.cpu().numpy() for part in statistics.spatial)
     if statistics.labels is not None:
-        arrays["labels"] = statistics.labels.cpu().numpy().astype(np.int16)
+        arrays["labels"] = statistics.labels.cpu().numpy().astype(np.int32)
     header = {"format": FORMAT, "extractor": statistics.extractor, **statistics.header}
     arrays["header"] = np.array(json.dumps(header, sort_keys=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(path, overwrite=overwrite) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_statistics(path: str | Path, *, space: str | None = None) -> Statistics:

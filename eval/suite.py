@@ -219,7 +219,7 @@ class EvalSuite:
                 scores[name] = scorer_score(inputs[0], name, scorer)
             except CannotScore as reason:
                 skipped[name] = str(reason)
-        warnings = [*self._notes, *findings(every, reference, self.settings, self.extractors[0])]
+        warnings = [*self._notes, *findings(every, reference, self.settings, inputs[0].space)]
         warnings += [warning for given in inputs for warning in given.warnings]
         per_class = {name: values for given in inputs for name, values in given.per_class.items()}
         curves = {name: points for given in inputs for name, points in given.curves.items()}

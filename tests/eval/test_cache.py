@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_one_extracts_and_the_other_waits_and_finds_it(make_folder, tmp_path):
     assert most == [1] and sorted(read.cached for read in found) == [False, True]
     assert torch.equal(found[0].features.keys, found[1].features.keys)
     assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_only_one_at_a_time_is_inside_though_each_removes_the_lock(tmp_path):
+    inside, most = [], []
+
+    def visit(number):
+        with FeatureCache(tmp_path).lock("key"):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.005)
+            inside.remove(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(visit, range(40)))
+    assert max(most) == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_key_holds_every_part_and_where_it_ends():

@@ -55,6 +55,14 @@ def test_every_resize_keeps_flat_images_and_right_sizes(rule):
     assert torch.equal(resized(images, 16, rule), images.float())
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RESIZES if not rule.startswith("pil")])
+def test_an_image_is_resized_alike_in_a_batch_and_alone(rule):
+    images = tensors(5, 3, (10, 40))
+    torch.testing.assert_close(
+        RESIZES[rule](images, 16), resized(images, 16, rule), rtol=0, atol=1e-4
+    )
+
+
 def test_the_named_resizes_differ():
     # Hard edges: bicubic rules differ by who clamps their overshoot.
     image = (tensors(1, 4, (32, 32)) % 2) * 255

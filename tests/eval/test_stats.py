@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,6 +43,11 @@ def test_our_file_round_trips_and_does_not_overwrite(made, tmp_path):
     assert path.read_bytes() == before and os.listdir(path.parent) == ["ref.npz"]
     with np.load(path) as peer:  # what pytorch-fid and clean-fid look for
         assert {"mu", "sigma"} <= set(peer)
+
+
+def test_labels_of_many_classes_are_kept(made, tmp_path):
+    write_statistics(tmp_path / "ref.npz", replace(made, labels=torch.arange(20) + 40_000))
+    assert read_statistics(tmp_path / "ref.npz").labels.tolist()[-1] == 40_019
 
 
 def test_a_failed_write_leaves_what_was_there(made, tmp_path, monkeypatch):

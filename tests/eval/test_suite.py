@@ -203,6 +203,16 @@ def test_collapse_and_imbalance_are_said(extractor, pair):
     assert not any("class shares" in w for w in fair)
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_class_shares_are_compared_with_those_of_the_reference(extractor, pair, alike):
+    skewed, even = torch.tensor([0] * 50 + [1] * 10), torch.arange(60) % 2
+    suite = suite_of(extractor, metrics=("colour",))
+    suite.update(pair[0], labels=skewed, real=True)
+    suite.update(pair[1], labels=skewed if alike else even)
+    found = [w for w in suite.compute().warnings if "class shares" in w]
+    assert found == [] if alike else "differ from those of the reference" in found[0]
+
+
 def test_protocols_with_a_sample_count_warn_below_it(extractor, pair):
     real, fake = pair
     result = fed(extractor, fake, real, settings="adm").compute()
