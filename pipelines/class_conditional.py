@@ -192,19 +192,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
         labels, generator = match_counts(labels, generator, seeds, latents)
         self._guidance_scale, self._interrupt = float(guidance_scale), False
         device = self._execution_device
-        x = self._noise(len(labels), generator, latents, device)
         classes = torch.tensor(labels, device=device)
         if self.do_classifier_free_guidance:
             classes = torch.cat([torch.full_like(classes, self.num_classes), classes])
         levels = self._set_timesteps(num_inference_steps, sigmas, device)
-        x = x * self._noise_scale
+        x = self._noise(len(labels), generator, latents, device) * self._noise_scale
         stochastic = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if stochastic else {}
+        dtype = self.transformer.dtype  # looked for among all modules: too dear for every step
         with _evaluating(self.transformer), self.progress_bar(total=self._num_timesteps) as bar:
             for index, t in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     break
-                output = self._predict(x, t, levels[index], classes)
+                output = self._predict(x, t, levels[index], classes, dtype)
                 x = self.scheduler.step(output, t, x, **extra, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     x = callback_on_step_end(self, index, t, {"latents": x}).pop("latents", x)
@@ -213,11 +213,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, x: Tensor, t: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
+    def _predict(
+        self, x: Tensor, t: Tensor, sigma: Tensor, classes: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         guided, edm = self.do_classifier_free_guidance, self.config.prediction == "edm"
         ready = self.scheduler.scale_model_input(x, t) if edm else limited(x, self._dim)
         output = self.transformer(
-            (torch.cat([ready, ready]) if guided else ready).to(self.transformer.dtype),
+            (torch.cat([ready, ready]) if guided else ready).to(dtype),
             timestep=self._network_time(t if edm else sigma).expand(len(classes)),
             class_labels=classes,
             return_dict=False,
