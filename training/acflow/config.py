@@ -18,7 +18,7 @@ __all__ = ["METHODS", "ACFlowConfig", "method_config", "read_settings"]
 POSITIVE_INTEGERS = (
     *("prompts_per_epoch", "images_per_prompt", "updates_per_epoch", "levels_per_sample"),
     *("sample_steps", "sample_batch", "epochs", "accumulate", "inner_epochs", "sync_every"),
-    *("critic_width", "rank", "checkpoint_every", "eval_steps", "reward_workers"),
+    *("critic_width", "critic_memory", "rank", "checkpoint_every", "eval_steps", "reward_workers"),
 )
 COUNTS = ("critic_steps", "warmup_min", "warmup_max", "ramp", "eval_every", "eval_images")
 POSITIVE = ("tau", "advantage_clip", "learning_rate", "critic_rate", "clip", "reward_limit")
@@ -57,6 +57,7 @@ class ACFlowConfig:
     critic: bool = setting(True, "subtract the critic's value from the reward")
     critic_width: int = setting(32, "channels of the critic's first layer")
     critic_steps: int = setting(1, "critic updates for each actor update")
+    critic_memory: int = setting(1, "the critic learns from the samples of so many last updates")
     critic_rate: float = setting(1e-3, "learning rate of the critic")
     critic_target: str = setting("mean", "what the critic fits", choices=("mean", "soft"))
     huber: float = setting(0.0, "critic errors above this count linearly; 0: none do")

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..data import derive_seed
 from .config import ACFlowConfig
 from .critic import Critic
+from .critic_memory import CriticMemory
 from .features import feature_sizes
 from .losses import critic_loss
 from .optimise import adam, add_gradients
-from .sampling import Rollouts
 
 __all__ = ["CriticLearner"]
 
@@ -54,29 +54,39 @@ class CriticLearner:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.parameters = list(self.network.parameters())
         self.optimizer = adam(self.parameters, config.critic_rate, config.weight_decay)
+        self.memory = CriticMemory(config.critic_memory)
 
-    def values(self, data: Rollouts, x: Tensor, sigma: Tensor, rows: range) -> Tensor:
-        """Values (B,) of noisy states ``x``, each sample of ``rows`` at several levels in a row."""
-        cut, repeats = slice(rows.start, rows.stop), len(x) // len(rows)
-        features = {n: f[cut].repeat_interleave(repeats, 0) for n, f in data.features.items()}
-        found: Tensor = self.network(x, sigma, features)
+    def values(self, x: Tensor, sigma: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """Values (B,) of noisy states ``x`` of some samples, each at several levels in a row.
+
+        Args:
+            x: the states, (B, ...).
+            sigma: their levels, (B,).
+            features: of the samples, see `condition_features`; (B / levels, ...).
+        """
+        rows = {n: f.repeat_interleave(len(x) // len(f), 0) for n, f in features.items()}
+        found: Tensor = self.network(x, sigma, rows)
         return found
 
     def step(
-        self, data: Rollouts, x: Tensor, sigma: Tensor, shaped: Tensor, rows: range, count: Tensor
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        features: Mapping[str, Tensor],
+        shaped: Tensor,
+        count: Tensor,
     ) -> Tensor:
         """One step towards ``shaped`` (B,), where NaN is left out; the mean loss of this rank, ().
 
         Args:
-            data: the samples of this rank.
-            x: their noisy states, (B, ...).
+            x: noisy states of samples of this rank, (B, ...).
             sigma: their levels, (B,).
+            features: of the samples, see `values`.
             shaped: the targets.
-            rows: which samples they are.
             count: targets of all ranks.
         """
         config, known = self.config, ~shaped.isnan()
-        value = self.values(data, x, sigma, rows)
+        value = self.values(x, sigma, features)
         losses = known * critic_loss(
             value,
             shaped.nan_to_num(),
@@ -92,16 +102,18 @@ class CriticLearner:
         return losses.detach().sum() / known.sum().clamp(min=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The network and its optimizer."""
+        """The network, its optimizer and its memory."""
         return {
             "critic": self.network.state_dict(),
             "critic_optimizer": self.optimizer.state_dict(),
+            "critic_memory": self.memory.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         self.network.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["critic_optimizer"])
+        self.memory.load_state_dict(state.get("critic_memory", []), self.accelerator.device)
 
 
 def token_grid(shape: tuple[int, ...], images: Tensor) -> tuple[int, int] | None:

@@ -103,9 +103,11 @@ class Learner:
             torch.manual_seed(derive_seed(seed, "layers", self.accelerator.process_index))
             weights = self._weights(targets, advantages, place, draw)
             self._step(lambda rows, cut: self._losses(data, mine, weights, rows, cut), place, rate)
+        if self.critic is not None and config.critic_steps:
+            shaped = targets.shaped[place.everyone]
+            self.critic.memory.add(data, place.local, shaped, self.accelerator)
         for step in range(config.critic_steps if self.critic is not None else 0):
-            again = self._draw(data, derive_seed(seed, "critic", step), "uniform")
-            self._fit_critic(data, targets, place, again)
+            self._fit_critic(data, place, derive_seed(seed, "critic", step))
 
     def place(self, number: int) -> Place:
         """Where update ``number`` of an epoch lies."""
@@ -184,10 +186,9 @@ class Learner:
             std=config.sigma_std,
         )
 
-    def _states(self, data: Rollouts, draw: Draw, rows: range) -> tuple[Tensor, Tensor]:
-        """Noisy states of some samples, and the clean ones, each as often as it has levels."""
-        clean = data.clean[rows.start : rows.stop].float()
-        clean = clean.repeat_interleave(self.config.levels_per_sample, 0)
+    def _states(self, clean: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Noisy states of clean samples, and these, each as often as it has levels."""
+        clean = clean.float().repeat_interleave(self.config.levels_per_sample, 0)
         return forward_noised(clean, draw.noise, draw.sigma), clean
 
     @torch.no_grad()
@@ -196,8 +197,10 @@ class Learner:
         repeats = self.config.levels_per_sample
         value = torch.zeros_like(draw.sigma)
         if self.critic is not None:
-            x, _ = self._states(data, draw, place.local)
-            value = self.critic.values(data, x, draw.sigma, place.local)
+            rows = slice(place.local.start, place.local.stop)
+            x, _ = self._states(data.clean[rows], draw)
+            features = {name: found[rows] for name, found in data.features.items()}
+            value = self.critic.values(x, draw.sigma, features)
         value, sigma = self.accelerator.gather(torch.stack([value, draw.sigma], 1)).unbind(1)
         shaped = targets.shaped[place.everyone].repeat_interleave(repeats)
         weighed = targets.weighed[place.everyone].repeat_interleave(repeats)
@@ -225,7 +228,7 @@ class Learner:
         """The actor's loss at some of this rank's states, (rows,)."""
         config = self.config
         part = Draw(draw.sigma[cut], draw.noise[cut])
-        x, clean = self._states(data, part, rows)
+        x, clean = self._states(data.clean[rows.start : rows.stop], part)
         cond, uncond = data.condition(rows, config.levels_per_sample)
         reference = None
         if config.alpha > 0:
@@ -266,15 +269,16 @@ class Learner:
             self.ema.update(self.policy.module, self.steps)
         self.steps += 1
 
-    def _fit_critic(self, data: Rollouts, targets: Targets, place: Place, draw: Draw) -> None:
-        """One step of the critic at states of its own."""
+    def _fit_critic(self, data: Rollouts, place: Place, seed: int) -> None:
+        """One step of the critic, on as many remembered samples as an update has."""
         if self.critic is None:
             return
-        everyone = targets.shaped[place.everyone]
-        mine = slice(place.offset, place.offset + len(place.local))
-        part = draw.part(mine.start, mine.stop)
-        x, _ = self._states(data, part, place.local)
-        count = (~everyone.isnan()).sum() * self.config.levels_per_sample
-        shaped = everyone[mine].repeat_interleave(self.config.levels_per_sample)
-        loss = self.critic.step(data, x, part.sigma, shaped, place.local, count)
+        draw = self._draw(data, seed, "uniform")
+        chosen = self.critic.memory.draw(len(draw.sigma), seed)
+        count = (~chosen.shaped.isnan()).sum() * self.config.levels_per_sample
+        mine = torch.arange(place.offset, place.offset + len(place.local))
+        part, own = draw.part(place.offset, place.offset + len(place.local)), chosen.take(mine)
+        x, _ = self._states(own.clean, part)
+        shaped = own.shaped.repeat_interleave(self.config.levels_per_sample)
+        loss = self.critic.step(x, part.sigma, own.features, shaped, count)
         self.measures.mean("critic_loss", loss)

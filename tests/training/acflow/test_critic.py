@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,7 +15,9 @@ from diffsteer.training.acflow import (
     forward_noised,
 )
 from diffsteer.training.acflow.critic_learner import token_grid
+from diffsteer.training.acflow.critic_memory import CriticMemory
 from diffsteer.training.acflow.features import condition_features, feature_sizes
+from diffsteer.training.acflow.sampling import Rollouts
 
 SHAPES = {
     "image": ((3, 8, 8), None), "odd": ((4, 9, 5), None), "video": ((4, 3, 8, 8), None),
@@ -101,3 +105,18 @@ def test_explained_variance_of_too_few_states_is_unknown():
     z, sigma = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, 0.15, 0.9])
     found = explained_variance(z, z, sigma, bins=2)
     assert found == [1.0, None]
+
+
+def test_a_memory_holds_the_last_updates_and_draws_each_sample_once():
+    memory = CriticMemory(3)
+    one = SimpleNamespace(gather=lambda value: value)
+    for update in range(5):
+        numbers = torch.arange(8.0) + 10 * update  # two updates of four samples are on hand
+        data = Rollouts(numbers[:, None], [], [], {"labels": numbers.long()}, 1)
+        memory.add(data, range(4, 8), numbers[4:], one)
+    found = memory.draw(12, seed=0)
+    assert found.shaped.tolist() == [10 * update + n for update in (2, 3, 4) for n in range(4, 8)]
+    assert torch.equal(found.clean[:, 0], found.shaped)
+    assert torch.equal(found.features["labels"], found.shaped.long())
+    few, other = memory.draw(4, seed=0).shaped, memory.draw(4, seed=1).shaped
+    assert few.tolist() == sorted(set(few.tolist())) and not torch.equal(few, other)

@@ -15,7 +15,7 @@ from diffsteer.training.acflow.run_files import read_log
 RANKS = Path(__file__).parents[2] / "support" / "acflow_ranks.py"
 SETTINGS = {
     "full": {"tune": "full"},
-    "lora": {"tune": "lora", "accumulate": 2},
+    "lora": {"tune": "lora", "accumulate": 2, "critic_memory": 3, "critic_steps": 2},
 }
 COMMON = {
     "updates_per_epoch": 2, "epochs": 3, "eval_images": 6, "eval_steps": 2, "weight_decay": 0.0,

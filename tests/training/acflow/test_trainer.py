@@ -64,8 +64,10 @@ class Killed(BaseException):
 VARIANTS = {
     "full": {"tune": "full"},
     "lora": {"tune": "lora", "reward_shaping": "running", "updates_per_epoch": 2},
-    "copies": {"sampler": "ema", "sync_every": 3, "accumulate": 2, "critic_steps": 2},
-}
+    "copies": {
+        "sampler": "ema", "sync_every": 3, "accumulate": 2, "critic_steps": 2, "critic_memory": 3,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
