@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.step import Guidance, Step, needs_uncond
 from ..core.tensors import per_sample
-from .checks import check_number, check_reached, check_rule
+from .checks import check_interval, check_number, check_reached, check_rule
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class GuidanceInterval:
         check_rule("rule", self.rule)
         if self.outside is not None:
             check_rule("outside", self.outside)
-        check_number("low", self.low, low=0.0, remedy="sigma is a noise-to-signal ratio")
-        check_number("high", self.high, infinite=True, remedy="use math.inf for no upper end")
-        if self.low >= self.high:
-            raise ValueError(
-                f"low must be less than high, got low={self.low} and high={self.high}; "
-                "guidance is on where low < sigma <= high"
-            )
+        check_interval(self.low, self.high)
 
     @classmethod
-    def flow(cls, rule: Guidance, low: float = 0.0, high: float = 1.0) -> GuidanceInterval:
+    def flow(
+        cls,
+        rule: Guidance,
+        low: float = 0.0,
+        high: float = 1.0,
+        outside: Guidance | None = None,
+    ) -> GuidanceInterval:
         """The same with flow sigmas: ``x = (1 - sigma) * clean + sigma * noise``, sigma in [0, 1].
 
         Raises:
@@ -71,7 +71,7 @@ class GuidanceInterval:
         check_number("high", high, low=0.0, high=1.0, remedy=remedy)
         if low >= high:
             raise ValueError(f"low must be less than high, got low={low} and high={high}")
-        return cls(rule, low / (1 - low), high / (1 - high) if high < 1 else math.inf)
+        return cls(rule, low / (1 - low), high / (1 - high) if high < 1 else math.inf, outside)
 
     @classmethod
     def two_experts(

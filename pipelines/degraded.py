@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,10 @@ from .observe import Call, plain
 from .perturbed import perturbed, self_attentions
 
 _LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
+_IMAGE_FIRST = (  # blocks of diffusers that return (image, text)
+    "CogV", "ConsisID", "EasyAnimate", "GlmImage", "HiDream", "Hunyuan", "JoyImage", "Mochi",
+    "MotifVideo",
+)  # fmt: skip
 
 
 class DegradedPass:
@@ -27,8 +31,8 @@ class DegradedPass:
     def __init__(
         self,
         module: nn.Module,
-        layers: dict[str, nn.Module],
-        attentions: dict[str, nn.Module] | None = None,
+        layers: Mapping[str, nn.Module],
+        attentions: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.module, self.layers, self.attentions = module, layers, attentions or {}
 
@@ -54,9 +58,8 @@ class DegradedPass:
                 f"the degraded pass names {', '.join(missing)}, which another network of the "
                 "pipeline does not have; give each its own by GuidanceInterval.two_experts"
             )
-        return DegradedPass(
-            made_by, *({n: names[n] for n in own} for own in (self.layers, self.attentions))
-        )
+        own = ({n: names[n] for n in given} for given in (self.layers, self.attentions))
+        return DegradedPass(made_by, *own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's output under the degradation.
@@ -106,8 +109,9 @@ def degraded(
     layers, spoilt = _named_layers(inner, "skip", skip), _named_layers(inner, "perturb", perturb)
     if not layers and not spoilt:
         raise ValueError("skip names no layer, nor does perturb; nothing would be degraded")
-    attentions = [self_attentions(name, layer) for name, layer in spoilt.items()]
-    return DegradedPass(inner, layers, {k: v for found in attentions for k, v in found.items()})
+    for name, layer in spoilt.items():
+        self_attentions(name, layer)  # an error now rather than at the first step
+    return DegradedPass(inner, layers, spoilt)
 
 
 def _named_layers(
@@ -144,8 +148,9 @@ def _given_back(name: str) -> Any:
         first = given.get("hidden_states", args[0] if args else None)
         if isinstance(output, Tensor):
             return _same(name, first, output)
-        # Blocks of two streams return (text, image); the last one may drop the text.
+        # Blocks of two streams return (text, image) or the reverse; the last one may drop the text.
         streams = (given.get("encoder_hidden_states"), first)
+        streams = streams[::-1] if type(layer).__name__.startswith(_IMAGE_FIRST) else streams
         if not isinstance(output, tuple) or len(output) != 2:
             raise ValueError(
                 f"skip: the layer {name} returns {type(output).__name__}, which cannot be replaced "

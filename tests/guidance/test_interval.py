@@ -153,3 +153,51 @@ def test_bad_flow_ends(low: float, high: float) -> None:
 def test_what_is_no_rule_is_refused(rule: object, text: str) -> None:
     with pytest.raises(TypeError, match=text):
         GuidanceInterval(rule)  # type: ignore[arg-type]
+
+
+LOW = ClassifierFreeGuidance(1.5)
+
+
+@pytest.mark.parametrize(
+    "sigma, inside", [(0.95, True), (0.875, True), (0.874, False), (0.1, False)]
+)
+def test_a_rule_for_each_of_two_experts(sigma: float, inside: bool) -> None:
+    rule = GuidanceInterval.two_experts(RULE, LOW, 0.875)
+    for level in (Level.flow(sigma), Level.ve(torch.tensor(sigma / (1 - sigma)))):
+        step = step_at(level)
+        assert torch.equal(rule(step), (RULE if inside else LOW)(step))
+
+
+def test_two_rules_keep_two_memories() -> None:
+    """Momentum begins anew where a rule takes over, and does not leak into the other."""
+    inner = AdaptiveProjectedGuidance(4.0, momentum=-0.5)
+    rule, memory = GuidanceInterval(inner, 1.0, outside=inner), {}
+    for sigma in (3.0, 2.0, 0.5):
+        step = step_at(Level.ve(sigma), memory=memory)
+        guided = rule(step)
+    fresh = step_at(Level.ve(0.5))
+    fresh.cond, fresh.uncond = step.cond, step.uncond
+    assert torch.equal(guided, inner(fresh))
+
+
+def test_two_rules_where_levels_differ_in_a_batch() -> None:
+    step = step_at(Level.ve(torch.tensor([0.1, 1.0, 9.0])))
+    guided = GuidanceInterval(RULE, 0.3, 3.0, outside=LOW)(step)
+    assert torch.equal(guided[1], RULE(step)[1])
+    assert torch.equal(guided[[0, 2]], LOW(step)[[0, 2]])
+    moved = GuidanceInterval(LOW, 0.3, 3.0, outside=Mover())
+    moved(step)
+    assert moved.moves
+    assert torch.equal(step.moved, torch.stack([step.x[0] + 1, step.x[1], step.x[2] + 1]))
+
+
+def test_two_rules_want_what_either_wants() -> None:
+    apg, none = AdaptiveProjectedGuidance(3.0), ClassifierFreeGuidance(1.0)
+    assert GuidanceInterval(RULE, 0.5, outside=LOW).commutes
+    assert not GuidanceInterval(RULE, 0.5, outside=apg).commutes
+    assert GuidanceInterval(none, 0.5, outside=LOW).needs_uncond
+    assert not GuidanceInterval(none, 0.5, outside=none).needs_uncond
+    with pytest.raises(TypeError, match="outside must be a guidance method"):
+        GuidanceInterval(RULE, 0.5, outside="cfg")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"boundary must be in \(0, 1\), got 875; it is pipe\.con"):
+        GuidanceInterval.two_experts(RULE, LOW, 875)
