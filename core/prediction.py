@@ -85,8 +85,9 @@ def _number(value: Tensor | float) -> Tensor:
 def _over(value: Tensor, like: Tensor) -> Tensor:
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     # A () tensor stays on the CPU: it mixes with any device as a scalar, with no copy and no sync.
-    device = value.device if value.ndim == 0 else like.device
-    return per_sample(value.to(device=device, dtype=wide), like) if value.ndim else value.to(wide)
+    if value.ndim == 0:
+        return value.to(wide)
+    return per_sample(value.to(device=like.device, dtype=wide), like)
 
 
 @dataclass(frozen=True)

@@ -86,17 +86,18 @@ def student_noise(
     """
     if not math.prod(shape) or not (shape or isinstance(generators, Sequence)):
         raise ValueError(f"the noise of an empty sample was asked for: shape {tuple(shape)}")
+    first = generators[0] if isinstance(generators, Sequence) and generators else generators
+    home = first.device if isinstance(first, torch.Generator) else torch.device("cpu")
     if isinstance(generators, Sequence):
-        gauss = noise_like_seeds(generators, shape)
+        gauss = noise_like_seeds(generators, shape, device=home)
         if math.isinf(check_augment_dim(augment_dim)):
             factor = torch.ones(len(generators), dtype=torch.float64)
         else:
-            factor = torch.cat([student_factor(1, augment_dim, g).cpu() for g in generators])
+            factor = torch.cat([student_factor(1, augment_dim, g) for g in generators])
     else:
-        home = generators.device if generators is not None else torch.device("cpu")
         gauss = torch.randn(tuple(shape), generator=generators, device=home)
         factor = student_factor(shape[0], augment_dim, generators)
-        device = home if device is None else device
+    device = home if device is None else device
     # In float32 and in place: against a plain Gaussian draw this must cost next to nothing.
     noise = gauss.mul_(per_sample(factor.to(gauss), gauss)).to(device=device, dtype=dtype)
     return check_overflow(noise, augment_dim)

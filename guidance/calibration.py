@@ -92,13 +92,13 @@ def fit_temperature(logits: Tensor, labels: Tensor, iterations: int = 60) -> flo
         raise ValueError("logits are not finite")
     z = logits.double()
     wanted = z.gather(1, labels[:, None])[:, 0]
-    low, high = -4.158883083359672, 4.158883083359672  # log of 1/64 and 64, in log(1 / T)
+    low, high = -math.log(64), math.log(64)  # in log(1 / T)
     for _ in range(iterations):
         middle = (low + high) / 2
-        p = (z * torch.tensor(middle).exp().double()).softmax(1)
+        p = (z * math.exp(middle)).softmax(1)
         slope = float((wanted - (p * z).sum(1)).mean())
         low, high = (middle, high) if slope > 0 else (low, middle)
-    return float(torch.tensor(-(low + high) / 2, dtype=torch.float64).exp())
+    return math.exp(-(low + high) / 2)
 
 
 @dataclass(frozen=True)

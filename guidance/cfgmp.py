@@ -117,10 +117,7 @@ class ManifoldProjectedGuidance:
                 "put ManifoldProjectedGuidance outermost and only once"
             )
         for name in ("iterations", "anderson"):
-            value = getattr(self, name)
-            check_number(name, value, low=0, remedy="0 is off")
-            if value != int(value):
-                raise ValueError(f"{name} must be a whole number, got {value}")
+            check_number(name, getattr(self, name), low=0, whole=True, remedy="0 is off")
         for name in ("above", "twin_above"):
             remedy = (
                 "the gate is a flow sigma for every scheduler, 0 for clean samples, 1 for noise: "

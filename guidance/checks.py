@@ -18,6 +18,7 @@ def check_number(
     open_low: bool = False,
     open_high: bool = False,
     infinite: bool = False,
+    whole: bool = False,
     remedy: str,
 ) -> None:
     """Refuse what is not a number in the given range.
@@ -30,11 +31,12 @@ def check_number(
         open_low: whether ``low`` itself is refused.
         open_high: whether ``high`` itself is refused.
         infinite: whether plus infinity is allowed.
+        whole: whether only whole numbers are allowed.
         remedy: what to do instead, a clause.
 
     Raises:
         TypeError: if ``value`` is not a real number.
-        ValueError: if it is NaN, infinite without leave, or out of range.
+        ValueError: if it is NaN, infinite without leave, out of range, or no whole number.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
@@ -49,6 +51,24 @@ def check_number(
         left = "(" if open_low else "["
         right = "]" if (infinite or high < math.inf) and not open_high else ")"
         raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value}; {remedy}")
+    if whole and number != int(number):
+        raise ValueError(f"{name} must be a whole number, got {value}; {remedy}")
+
+
+def check_interval(low: Any, high: Any) -> None:
+    """Refuse ends between which there is no noise-to-signal ratio.
+
+    Raises:
+        TypeError: if an end is not a number.
+        ValueError: if ``low`` is negative, an end is NaN, or ``low >= high``.
+    """
+    check_number("low", low, low=0.0, remedy="sigma is a noise-to-signal ratio")
+    check_number("high", high, infinite=True, remedy="use math.inf for no upper end")
+    if low >= high:
+        raise ValueError(
+            f"low must be less than high, got low={low} and high={high}; "
+            "guidance is on where low < sigma <= high"
+        )
 
 
 def check_pair(cond: Tensor, uncond: Tensor) -> None:

@@ -22,6 +22,7 @@ from ..core.tensors import per_sample
 from .checks import (
     check_choice,
     check_classifier,
+    check_interval,
     check_number,
     check_reached,
     one_label_a_sample,
@@ -156,13 +157,12 @@ class GradientFreeClassifierGuidance:
         check_number("temperature", self.temperature, low=0.0, open_low=True, remedy="1 is none")
         check_number("threshold", self.threshold, low=0.0, remedy="phi is in [0, 1]")
         check_number("dead_zone", self.dead_zone, low=0.0, high=1.0, remedy="0 is off")
-        check_number("every", self.every, low=1, remedy="1 classifies at every step")
+        check_number("every", self.every, low=1, whole=True, remedy="1 classifies at every step")
         check_number("hysteresis", self.hysteresis, low=1.0, remedy="1 is off")
         check_choice("combine", self.combine, ("alone", "cfg", "switch", "autoguidance"))
         check_choice("mode", self.mode, MODES)
         check_choice("classify_on", self.classify_on, ("cond", "previous"))
-        if not self.low < self.high:
-            raise ValueError(f"low must be less than high, got low={self.low}, high={self.high}")
+        check_interval(self.low, self.high)
         if not isinstance(self.condition, str) and (self.labels is None or not self.condition):
             raise ValueError("a table of conditions needs labels, (B,), and at least one argument")
         check_table(self.label_map)
@@ -191,7 +191,8 @@ class GradientFreeClassifierGuidance:
         else:
             reference, phi = self._judge(step, memory)
             guided = self._combine(step, reference, phi)
-        memory["guided"] = guided.detach()
+        if self.classify_on == "previous":
+            memory["guided"] = guided.detach()
         return guided
 
     def _baseline(self, step: Step) -> Tensor:
@@ -226,11 +227,9 @@ class GradientFreeClassifierGuidance:
 
     def _labels(self, step: Step) -> Tensor:
         """The wanted classes in the pipeline's numbering."""
-        if self.labels is not None:
-            labels = self.labels
-        elif isinstance(self.condition, str):
-            labels = step.argument(self.condition)
-        return one_label_a_sample(labels, step.cond)
+        if self.labels is None:  # then the condition is a name, see __post_init__
+            return one_label_a_sample(step.argument(str(self.condition)), step.cond)
+        return one_label_a_sample(self.labels, step.cond)
 
     def _classes(self, step: Step) -> int | None:
         """How many conditions there are to choose a reference from, where that is known."""
@@ -253,8 +252,7 @@ class GradientFreeClassifierGuidance:
         due = step.stage == 0 and step.index % int(self.every) == 0
         if held is not None and not due and held[1].shape[0] == step.cond.shape[0]:
             return held
-        sample = memory.get("guided") if self.classify_on == "previous" else None
-        sample = step.cond if sample is None else sample
+        sample = memory.get("guided", step.cond)
         with torch.no_grad():
             logits = classify(self.classifier, self.decode(sample))
             table = self._table(memory, logits)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .checks import check_classifier
 from .labels import Classifier, check_table, classify, own_labels, require_sound
 
 
@@ -50,12 +51,13 @@ def check_label_map(
         The accuracy, to be compared with the one published for the classifier.
 
     Raises:
+        TypeError: if the classifier is not callable, or gives no logits.
         ValueError: if the accuracy is below ``least``: the text says which labels are named as
-            which; also for labels that are no classes, and logits that are no numbers.
+            which; also for labels that are no classes, logits that are no numbers, and a classifier
+            in training mode.
     """
     check_table(label_map)
-    if isinstance(classifier, nn.Module) and classifier.training:
-        raise ValueError("classifier is in training mode; call classifier.eval() first")
+    check_classifier(classifier)
     if not len(images) or labels.shape != images.shape[:1]:
         raise ValueError(
             f"expected images (N, ...) and labels (N,), N > 0, got {tuple(images.shape)} and "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,7 @@ def check_table(label_map: Tensor | None) -> None:
             f"label_map must hold the pipeline's label of each class of the classifier, (K,), from "
             f"0 up; got {label_map!r}. Leave classes out with match_classes"
         )
-    doubles = sorted({label for label in labels if labels.count(label) > 1})
-    if doubles:
+    if doubles := _doubles(labels):
         raise ValueError(
             f"label_map names a label twice ({doubles[0]}): one class would stand for two; join "
             "the classifier's classes first: MergedClasses(classifier, groups)"
@@ -56,6 +56,7 @@ def classify(classifier: Classifier, images: Tensor, *, least: int = 2) -> Tenso
     """``classifier(images)`` in float32 or wider, (B, K) with K of at least ``least``.
 
     Raises:
+        TypeError: if it returns no tensor.
         ValueError: if the classifier cannot take these images, or returns no row of logits each.
     """
     try:
@@ -174,7 +175,7 @@ class MergedClasses:
         members = [index for group in self.groups for index in group]
         if len(self.groups) < 2 or not all(self.groups):
             raise ValueError(f"groups must be two or more, none empty, got {self.groups}")
-        doubles = sorted({index for index in members if members.count(index) > 1})
+        doubles = _doubles(members)
         if doubles or min(members) < 0:
             wrong = f"class {doubles[0]} is in two groups" if doubles else "an index is negative"
             raise ValueError(f"groups: {wrong}")
@@ -223,11 +224,9 @@ def match_classes(
         return classifier, None
     pairs = sorted({(ours[name], theirs[name]) for name in ours.keys() & theirs.keys()})
     for side, word in ((0, "classifier"), (1, "pipeline")):
-        taken = [pair[side] for pair in pairs]
-        doubled = [index for index in taken if taken.count(index) > 1]
-        if doubled:
+        if doubles := _doubles(pair[side] for pair in pairs):
             raise ValueError(
-                f"class {doubled[0]} of the {word} has two partners by name: {pairs}; write the "
+                f"class {doubles[0]} of the {word} has two partners by name: {pairs}; write the "
                 "label map yourself, or join classes with MergedClasses"
             )
     if len(pairs) < 2:
@@ -237,6 +236,11 @@ def match_classes(
         )
     kept = MergedClasses(classifier, [[own] for own, _ in pairs])
     return kept, torch.tensor([label for _, label in pairs])
+
+
+def _doubles(values: Iterable[int]) -> list[int]:
+    """What occurs more than once, in order."""
+    return sorted(value for value, count in Counter(values).items() if count > 1)
 
 
 def _plain(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 # A doubled batch is [unconditional, conditional] in diffusers, except in these.
-CONDITIONAL_FIRST = ("DiTPipeline", "StableCascade", "Lumina", "ZImage", "OmniGen")
+CONDITIONAL_FIRST = ("DiTPipeline", "StableCascade", "Lumina", "ZImage")
 
 # These negate the network's output before ``scheduler.step``.
 NEGATED = ("Lumina", "ZImage", "HiDream", "LTXCondition", "SanaWM", "NucleusMoE")

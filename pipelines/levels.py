@@ -15,7 +15,6 @@ that takes another prediction (``samplers.kdiff_schedulers``) by an attribute ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -271,7 +270,7 @@ def _unknown(scheduler: Any) -> str:
     )
 
 
-def adds_noise(scheduler: Any, options: Mapping[str, Any]) -> bool:
+def adds_noise(scheduler: Any, **options: Any) -> bool:
     """Whether ``scheduler.step(..., **options)`` draws noise, as far as its class name tells."""
     config = scheduler.config
     return (

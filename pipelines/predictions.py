@@ -193,14 +193,14 @@ class Predictions:
 
     def evaluate(self, x: Tensor | None, branch: str, **overrides: Any) -> Tensor:
         """Evaluate the denoiser again; the prediction of one branch, shape of ``x``."""
-        fresh = x is not None and not overrides and not torch.is_grad_enabled()
-        if fresh and x is not None and self._last is not None and self._last[0] is x:
+        fresh = not overrides and not torch.is_grad_enabled()
+        if x is not None and fresh and self._last is not None and self._last[0] is x:
             if self._last[1] == _version(x):  # the other half of the same doubled batch
                 return self._pick(self._last[2], branch, x)
         call, overrides = self._call(branch, overrides)
         sample = None if x is None else self._input(call, x)
         output = self._replay(call, None, branch, sample=sample, overrides=overrides)
-        if fresh and x is not None and self._half(branch) is not None:
+        if x is not None and fresh and self._half(branch) is not None:
             self._last = (x, _version(x), output)
         return self._pick(output, branch, self.x if x is None else x)
 

@@ -170,7 +170,7 @@ class Steering(AbstractContextManager["Steering"]):
         now.ratios = self._reader.remaining(timestep) if now.index < 0 else None
         if now.index < 0:
             now.count = self._reader.steps(timestep)
-            now.stochastic = adds_noise(self._scheduler, options)
+            now.stochastic = adds_noise(self._scheduler, **options)
         if now.index < 0 or now.stage == 0:
             now.index += 1
         if not getattr(self.rule, "commutes", False):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.prediction import Kind
 from ..core.student import check_augment_dim, student_noise
+from .levels import adds_noise
 
 PREDICTIONS = ("velocity", "denoised", "kdiff", "edm")
 FLOW_REMEDY = (
@@ -85,7 +86,7 @@ def check_scheduler(
                 f"scheduler: its {name} is {scheduler.config[name]}, but the network was trained "
                 f"with {name}={trained}; take the scheduler that was saved with the network"
             )
-    if augment_dim is not None and _adds_noise(scheduler):
+    if augment_dim is not None and adds_noise(scheduler):
         raise ValueError(
             f"scheduler: {type(scheduler).__name__} adds Gaussian noise on the way, but this "
             f"network knows Student-t noise (augment_dim={augment_dim:g}) and the sum of the two "
@@ -95,13 +96,6 @@ def check_scheduler(
         _check_edm(scheduler, augment_dim)
         return False
     return _check_flow(scheduler)
-
-
-def _adds_noise(scheduler: Any) -> bool:
-    config, name = scheduler.config, type(scheduler).__name__
-    algorithm = str(config.get("algorithm_type", ""))
-    random = any(part in name for part in ("Ancestral", "SDE", "LCM", "TCD"))
-    return random or algorithm.startswith("sde") or bool(config.get("stochastic_sampling", False))
 
 
 def _check_edm(scheduler: Any, augment_dim: float | None) -> None:

@@ -130,8 +130,8 @@ def _foreseen(
 ) -> Tensor:
     """The denoised prediction carried on by half a step along the line through the last two.
 
-    In log-SNR; at sigma = 1 of a flow that is infinite, which is no correction.
+    In log-SNR; that of pure noise (sigma = 1 of a flow) is infinite, which is no correction.
     """
     before, ratio_before = last
     r = math.log(ratio_before / ratio) / math.log(ratio / ratio_next)
-    return torch.lerp(before, denoised, 1 + 1 / (2 * r)) if math.isfinite(r) else denoised
+    return torch.lerp(before, denoised, 1 + 1 / (2 * r))

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..core.denoiser import Denoise
+from ..core.noise import noise_like_seeds
 from ..core.student import check_augment_dim, check_overflow, student_noise
-from ..core.tensors import per_sample, sample_dot
+from ..core.tensors import per_sample, sample_dot, sample_norm, widen
 from .ode import look
 from .stochastic import Churn
 
@@ -66,11 +67,11 @@ def posterior_scale(x: Tensor, denoised: Tensor, sigma: Tensor, augment_dim: flo
     where the clean sample is known is InvGamma((D + N) / 2, (D + |x - denoised|^2 / sigma^2) / 2).
 
     Returns:
-        The rate (D + |x - denoised|^2 / sigma^2) / 2, shape (B,).
+        The rate (D + |x - denoised|^2 / sigma^2) / 2, shape (B,), float64.
     """
-    gap = (x - denoised).flatten(1)
-    square = sample_dot(gap, gap)
-    return (augment_dim + square / sigma**2) / 2
+    # float64 for one number a sample alone: whole samples in it would be slow on a GPU.
+    square = sample_norm(widen(x) - widen(denoised)).double() ** 2
+    return (augment_dim + square / sigma.double() ** 2) / 2
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,13 @@ def student_raise(
     """
     if len(generators) != x.shape[0]:
         raise ValueError(f"expected {x.shape[0]} generators, one a sample, got {len(generators)}")
-    rate = posterior_scale(x.double(), denoised.double(), sigma.double(), augment_dim)
+    rate = posterior_scale(x, denoised, sigma, augment_dim)
     shape = torch.full((1,), (augment_dim + x[0].numel()) / 2, dtype=torch.float64)
     draws = [torch._standard_gamma(shape.to(g.device), generator=g).cpu() for g in generators]
     tau = rate / torch.cat(draws).to(rate.device)
-    gauss = torch.stack(
-        [torch.randn(x.shape[1:], generator=g, device=g.device) for g in generators]
-    )
+    gauss = noise_like_seeds(generators, x.shape[1:], device=x.device, dtype=x.dtype)
     width = (tau * (raised.double() ** 2 - sigma.double() ** 2)).sqrt().to(x.dtype)
-    return x + per_sample(width, x) * gauss.to(x)
+    return x + per_sample(width, x) * gauss
 
 
 def input_scale(x: Tensor, sigma: Tensor, sigma_data: float, augment_dim: float) -> Tensor:
