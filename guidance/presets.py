@@ -19,9 +19,11 @@ from .apg import AdaptiveProjectedGuidance
 from .autoguidance import AutoGuidance
 from .cfg import ClassifierFreeGuidance
 from .cfgmp import ManifoldProjectedGuidance
+from .degraded_pass import DegradedPassGuidance
 from .elucd import CalibratedClassifierGuidance
 from .gfcg import GradientFreeClassifierGuidance
 from .interval import GuidanceInterval
+from .rescale import RescaledGuidance
 
 Evidence = Literal[
     "verified", "released-code", "third-party", "unverified", "transfer", "reconstruction", "ours"
@@ -119,6 +121,13 @@ def _interval(high: float, tag: Evidence, note: str = "") -> Preset:
     return _preset(GuidanceInterval, note, low=(0.28, tag), high=(high, tag))
 
 
+def _degraded(scale: float, start: float, stop: float, note: str) -> Preset:
+    tag: Evidence = "third-party"
+    return _preset(
+        DegradedPassGuidance, note, scale=(scale, tag), start=(start, tag), stop=(stop, tag)
+    )
+
+
 _AUTO, _MP = AutoGuidance, ManifoldProjectedGuidance
 _STEADY: _Tagged = (-0.5, "transfer")
 _CODE: Evidence = "released-code"
@@ -164,6 +173,9 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = MappingProxyType(
         },
         "sd2.1-768": {
             "cfg": _cfg(7.5, "reconstruction"),
+            "rescale": _preset(
+                RescaledGuidance, "with zero terminal SNR, around cfg", rescale=(0.7, "third-party")
+            ),
             "apg": _apg(10.0, "unverified", (7.5, "unverified"), (-0.75, "unverified")),
             "gfcg": _preset(
                 GradientFreeClassifierGuidance, "a closed set of prompts: give condition=, labels=",
@@ -174,10 +186,14 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = MappingProxyType(
         "sdxl-1024": {
             "apg": _apg(15.0, "unverified", (15.0, "verified"), (-0.5, "verified")),
             "interval": _interval(5.42, "third-party", "what one other program ships"),
+            "degraded_pass": _degraded(3.0, 0.0, 1.0, 'PAG: weak="perturb:mid_block"; diffusers'),
         },
         "sd3": {"apg": _apg(8.0, "ours", None, _STEADY)},
         "sd3.5": {
             "cfg": _cfg(4.5, _CODE, "of the demo of CFG-MP"),
+            "degraded_pass": _degraded(
+                2.8, 0.01, 0.2, 'SLG, for medium: weak="skip:7,8,9"; Stability AI, says diffusers'
+            ),
             "apg": _apg(8.0, "ours", None, _STEADY),
             "cfgmp": _preset(
                 _MP, "10 steps, scale 4 to 4.5; measured independently, 20 steps with iterations=1 "

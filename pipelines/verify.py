@@ -145,12 +145,14 @@ def _check_options(pipe: Any) -> None:
     if isinstance(rescale, (int, float)) and rescale > 0:
         raise ValueError(
             f"the pipeline runs with guidance_rescale={rescale}, which a rule replaces: call "
-            "it with guidance_rescale=0.0"
+            f"it with guidance_rescale=0.0; RescaledGuidance(rule, {rescale}) does the same to any "
+            "rule"
         )
     if getattr(pipe, "do_perturbed_attention_guidance", False) is True:
         raise ValueError(
             f"{type(pipe).__name__} runs perturbed-attention guidance, which a rule replaces: "
-            "call it with pag_scale=0.0, or use the pipeline without PAG"
+            "call it with pag_scale=0.0, or use the pipeline without PAG; DegradedPassGuidance "
+            "with weak='perturb:LAYERS' does it beside any rule"
         )
 
 

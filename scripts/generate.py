@@ -49,7 +49,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="embedded", help="embedded (default), a pipeline folder, or a hub id")
     add("--revision", help="branch, tag or commit of a hub id")
-    add("--weak", help="a weaker model for autoguidance: embedded, a folder, or skip:LAYERS")
+    add("--weak", help="a weaker model: embedded, a folder, skip:LAYERS, or perturb:LAYERS")
     add("--out", type=Path, required=True, help="folder to fill; an unfinished run is continued")
     add("--overwrite", action="store_true", help="remove the run that is in the folder")
     add("--classes", default="all", help="class indices or names, dealt out in turn: 0,3,cat")

@@ -31,7 +31,7 @@ def test_every_preset_builds_its_rule(family: str, method: str) -> None:
     preset = PRESETS[family][method]
     takes = {item.name for item in fields(preset.method)}
     needed = {"classifier": logits_of} if "classifier" in takes else {}
-    if method in ("cfgmp", "interval"):
+    if method in ("cfgmp", "degraded_pass", "interval", "rescale"):
         needed = {"rule": ClassifierFreeGuidance(2.0)}
     rule = preset.build(**needed)
     assert type(rule).__name__ in rules() and rule.__module__.endswith(f".{method}")

@@ -166,7 +166,7 @@ def test_a_degraded_pass_is_that_of_the_hooks_of_diffusers(
 @pytest.mark.parametrize("name, layer", [("flux", 0), ("flux", 1), ("sd3", 1), ("lumina2", 0)])
 def test_a_perturbed_token_sees_no_other(name: str, layer: int) -> None:
     """The perturbed layer maps every image token by itself: a change of one changes it alone."""
-    module = getattr(build(name).pipe, "transformer")
+    module = build(name).pipe.transformer
     lists = ("transformer_blocks", "single_transformer_blocks", "layers")
     blocks = [block for part in lists for block in getattr(module, part, ())]
     seen: list[Tensor] = []
@@ -196,27 +196,27 @@ def test_a_perturbed_token_sees_no_other(name: str, layer: int) -> None:
     assert touched.nonzero().flatten().tolist() == [3] and everywhere.sum() > 3
 
 
+def hooks(tiny: Any) -> int:
+    modules = tiny.pipe.transformer.modules()
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
+
+
 def test_no_hook_is_left_and_nothing_is_perturbed_in_silence() -> None:
     tiny = build("sana")  # linear attention
-    before = sum(
-        len(m._forward_pre_hooks) + len(m._forward_hooks) for m in tiny.pipe.transformer.modules()
-    )
+    before = hooks(tiny)
     rule = DegradedPassGuidance(CFG, 2.0, 0.0, 1.0)
     with pytest.raises(
         ValueError, match=r"perturb: no attention in transformer_blocks\.0 went thr"
     ):
         with steer(tiny.pipe, rule, weak="perturb:0"):
             tiny.call()
-    after = sum(
-        len(m._forward_pre_hooks) + len(m._forward_hooks) for m in tiny.pipe.transformer.modules()
-    )
-    assert before == after
+    assert hooks(tiny) == before
     with pytest.raises(ValueError, match="perturb: there is no self-attention in proj_out"):
         degraded(tiny.pipe.transformer, perturb=["proj_out"])
 
 
 def test_a_rule_for_each_expert_of_wan() -> None:
-    """``guidance_scale`` and ``guidance_scale_2`` of the pipeline, to the bit; any rules besides."""
+    """``guidance_scale`` and ``guidance_scale_2`` of the pipeline, to the bit."""
     tiny = build("wan2.2")
     boundary = tiny.pipe.config.boundary_ratio
     theirs = tiny.call(guidance_scale_2=2.0)
