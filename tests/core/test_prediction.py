@@ -212,6 +212,17 @@ def test_narrow_dtypes_are_computed_in_float32_and_cast_once(dtype: torch.dtype)
     assert found.dtype == dtype and torch.equal(found, exact.float().to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_so_are_mixtures_and_the_way_back(dtype: torch.dtype) -> None:
+    clean, noise = (tensor.to(dtype) for tensor in clean_and_noise())
+    level = Level.flow(0.3)
+    mixed = level.mix(clean, noise)
+    assert torch.equal(mixed, level.mix(clean.float(), noise.float()).to(dtype))
+    velocity = from_denoised(clean, Kind.VELOCITY, mixed, level)
+    exact = from_denoised(clean.float(), Kind.VELOCITY, mixed.float(), level)
+    assert torch.equal(velocity, exact.to(dtype))
+
+
 def test_levels_keep_their_digits_in_narrow_dtypes() -> None:
     level = Level.flow(torch.tensor(0.999, dtype=torch.bfloat16))
     assert level.alpha.dtype == torch.float32 and level.sigma + level.alpha == 1

@@ -32,6 +32,9 @@ def test_the_temperature_is_the_one_that_was_put_in() -> None:
     assert result.error == pytest.approx(sum(s.error for s in result.stages) / 3)
     assert result.high == math.inf, "as accurate at the first stage as at the last"
     assert [s.ratio for s in result.stages] == [5.0, 1.0, 0.2]
+    mixed = calibrate([stage(r, 2.5) for r in (1.0, 0.2, 5.0)])
+    assert (mixed.temperature, mixed.high) == (result.temperature, result.high)
+    assert [s.ratio for s in mixed.stages] == [5.0, 1.0, 0.2]
 
 
 def test_the_interval_ends_where_half_of_the_accuracy_is_lost() -> None:
@@ -109,6 +112,18 @@ def test_the_probe_changes_nothing_and_sees_every_step_once(step: object, rule: 
     assert last.contrast.mean() < first.contrast.mean()
     sample(probe, step)
     assert len(probe.stages) == 6, "a new trajectory starts afresh"
+
+
+def test_the_contrast_is_with_the_pipelines_label_of_the_reference() -> None:
+    table = torch.tensor([2, 0, 1])  # the pipeline's label of each class of the classifier
+    settings = {"condition": "labels", "decode": lambda x: x, "contrast": True}
+    same = ClassifierProbe(posterior, **settings)  # type: ignore[arg-type]
+    other = ClassifierProbe(lambda x: posterior(x)[:, table], label_map=table, **settings)  # type: ignore[arg-type]
+    for probe in (same, other):
+        sample(probe)
+    for one, two in zip(same.stages, other.stages, strict=True):
+        assert torch.equal(table[two.labels], one.labels)
+        torch.testing.assert_close(one.contrast, two.contrast)
 
 
 def test_stages_join() -> None:

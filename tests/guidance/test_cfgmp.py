@@ -198,6 +198,17 @@ def test_p7_constrained_form_ridge_and_degenerate_residuals():
     torch.testing.assert_close(wild, 1e3 * gs[1])
 
 
+def test_p7_damping_goes_between_the_mix_of_points_and_that_of_images():
+    xs, gs = list(torch.randn(2, 5, 4, dtype=DOUBLE)), list(torch.randn(2, 5, 4, dtype=DOUBLE))
+    loose = {"growth": math.inf}
+    points, images = anderson_mix(xs, gs, damping=0.0, **loose), anderson_mix(xs, gs, **loose)
+    assert not torch.allclose(points, xs[1])
+    found = anderson_mix(xs, gs, damping=0.25, **loose)
+    torch.testing.assert_close(found, 0.75 * points + 0.25 * images)
+    gamma = (images - gs[1]) / (gs[0] - gs[1])  # images = g - gamma (g - g before), so points are
+    torch.testing.assert_close(points, xs[1] + gamma * (xs[0] - xs[1]))
+
+
 def test_p7_two_points_of_history_solve_a_plane():
     matrix = torch.tensor([[0.4, 0.2], [-0.1, 0.3]], dtype=DOUBLE)
 
@@ -374,6 +385,47 @@ def test_a_weak_model_inside_is_asked_at_the_moved_sample():
 def step_at(level: Level, **more) -> Step:
     x = torch.randn(2, 3)
     return Step(x=x, level=level, index=0, count=4, timestep=0.0, cond=x, uncond=x / 2, **more)
+
+
+def moved_at(sigma: float, rule: ManifoldProjectedGuidance, **more) -> Tensor | None:
+    """What the rule makes of the sample of a step whose models are affine."""
+    x = torch.linspace(-1, 1, 6, dtype=DOUBLE).reshape(2, 3)
+
+    def evaluate(at, branch="cond", **_):
+        return 0.3 * at + 0.2 if branch == "cond" else 0.1 * at
+
+    level = Level.flow(torch.tensor(sigma, dtype=DOUBLE))
+    following = Level.flow(torch.tensor(sigma - 0.2, dtype=DOUBLE))
+    more = {"index": 1, "count": 4, "timestep": 0.0, "next_level": following, **more}
+    cond, uncond = evaluate(x), evaluate(x, "uncond")
+    step = Step(x=x, level=level, cond=cond, uncond=uncond, evaluate=evaluate, **more)
+    rule(step)
+    return step.moved
+
+
+def test_the_twin_operator_begins_at_its_level():
+    at, always, not_yet = (
+        moved_at(0.75, ManifoldProjectedGuidance(CFG, twin_above=edge)) for edge in (0.75, 0.1, 0.8)
+    )
+    assert torch.equal(at, always) and not torch.allclose(at, not_yet)
+
+
+def test_one_iteration_has_nothing_to_accelerate_and_runs_where_noise_is_added():
+    rule = ManifoldProjectedGuidance(CFG, iterations=1, anderson=1)
+    assert moved_at(0.8, rule, stochastic=True) is not None
+    with pytest.raises(ValueError, match="adds noise"):
+        moved_at(0.8, replace(rule, iterations=2), stochastic=True)
+
+
+def test_the_papers_order_counts_from_the_start_of_the_last_step():
+    """A later stage of a multi-stage solver is no step: it neither moves nor is remembered."""
+    rule, found = ManifoldProjectedGuidance(CFG, order="paper"), []
+    for stages in ((0,), (0, 1)):
+        memory: dict = {}
+        for stage in stages:
+            assert moved_at(0.8 - 0.1 * stage, rule, stage=stage, memory=memory) is None
+        found.append(moved_at(0.6, rule, memory=memory))
+    assert found[0] is not None and torch.equal(*found)
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,21 @@ def test_t7_direction_form_pushes_by_a_fixed_share_of_the_sample():
     assert torch.equal(rule(later), x / 2) and later.moved is None
 
 
+@pytest.mark.parametrize("size, shown", [(20.0, 1.0), (0.1, 0.1)])
+def test_direction_form_shows_the_classifier_no_sample_beyond_unit_size(size, shown):
+    seen = []
+    x = torch.randn(3, 400, dtype=DOUBLE)
+    x = size * x / x.square().mean(1, keepdim=True).sqrt()
+    rule = CalibratedClassifierGuidance(
+        lambda u: seen.append(u.detach()) or u[:, :2],
+        form="direction",
+        labels=torch.tensor([0, 1, 0]),
+        decode=as_is,
+    )
+    rule(make_step(x, Level.ve(2.0), x / 2, evaluate=lambda at, branch="cond", **_: at / 2))
+    torch.testing.assert_close(seen[0], x * shown / size)
+
+
 def test_direction_form_runs_under_heun_and_pulls_to_the_class():
     means = torch.tensor([[-1.2, 0.0], [1.2, 0.0]], dtype=DOUBLE)
     data = GaussianMixture(means, torch.tensor([0.5, 0.5], dtype=DOUBLE))
@@ -331,6 +346,8 @@ def test_t9_calibration_error():
     sure = logits.double().softmax(1).max(1).values.mean()
     assert one.error == pytest.approx(float((right - sure).abs()))
     assert int(reliability(logits, labels).count.sum()) == 40_000
+    even = reliability(torch.zeros(3, 2), torch.tensor([0, 0, 1]), bins=2)  # sure by one half
+    assert even.count.tolist() == [3, 0]  # bins are (low, high]
     assert fit_temperature(3 * logits, labels) == pytest.approx(3.0, rel=0.03)
     assert fit_temperature(logits / 2, labels) == pytest.approx(0.5, rel=0.03)
 

@@ -295,6 +295,36 @@ def test_g12_contrast_raises_the_posterior_of_the_wanted_class():
     assert values == sorted(values) and values[-1] > values[0] + 0.02
 
 
+def test_the_last_guided_prediction_can_be_what_is_classified():
+    data, seen = mixture(), []
+    step, _ = make_step(data, torch.randn(3, 2, dtype=torch.float64), 0.8, LABELS)
+
+    def classifier(images):
+        seen.append(images)
+        return LOGITS
+
+    rule = GradientFreeClassifierGuidance(
+        classifier, scale=2.0, classify_on="previous", decode=lambda d: d
+    )
+    guided = rule(step)
+    rule(step)
+    assert torch.equal(seen[0], step.cond) and torch.equal(seen[1], guided)
+    assert not torch.equal(guided, step.cond)
+
+
+@pytest.mark.parametrize("sigma, on", [(0.5, False), (0.51, True), (2.0, True), (2.01, False)])
+def test_contrast_is_on_above_low_up_to_high(sigma, on):
+    step, _ = make_step(mixture(), torch.randn(3, 2, dtype=torch.float64), sigma, LABELS)
+    rule = at_the_level(mixture(), step, low=0.5, high=2.0)
+    assert torch.equal(rule(step), step.cond) is not on
+    step.ratios = torch.tensor([sigma], dtype=torch.float64)  # a run of this step alone
+    if on:
+        rule(step)
+    else:
+        with pytest.raises(ValueError, match="no step of this run"):
+            rule(step)
+
+
 def test_hysteresis_dead_zone_label_map_and_table():
     data, x = mixture(), torch.randn(3, 2, dtype=torch.float64)
     labels = torch.tensor([10, 11, 12])
@@ -374,6 +404,9 @@ def good(images):
         (lambda: GradientFreeClassifierGuidance(good, mode="soft"), ValueError, "mode"),
         (lambda: GradientFreeClassifierGuidance(good, temperature=0.0), ValueError, "temperature"),
         (lambda: GradientFreeClassifierGuidance(good, low=2.0, high=1.0), ValueError, "low"),
+        (lambda: GradientFreeClassifierGuidance(good, low=-1.0), ValueError, "low must be in"),
+        (lambda: GradientFreeClassifierGuidance(good, high="3"), TypeError, "high must be"),
+        (lambda: GradientFreeClassifierGuidance(good, every=1.5), ValueError, "whole number"),
         (
             lambda: GradientFreeClassifierGuidance(good, label_map=torch.tensor([0, 1, 1])),
             ValueError,

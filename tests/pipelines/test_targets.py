@@ -138,6 +138,11 @@ BAD = {
         lambda: latents(tiny_pipeline(augment_dim=9.0, scheduler=EULER(stochastic_sampling=True))),
         "adds Gaussian noise",
     ),
+    "solver with noise by default": (
+        lambda: latents(tiny_pipeline(augment_dim=9.0, scheduler=diffusers.SASolverScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction"))),
+        "adds Gaussian noise",
+    ),
     "sde solver": (
         lambda: latents(edm_pipe(diffusers.EDMDPMSolverMultistepScheduler(
             algorithm_type="sde-dpmsolver++"), augment_dim=9.0)),

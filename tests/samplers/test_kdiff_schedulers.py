@@ -156,6 +156,16 @@ def test_bad_input_is_named(call, words):
         call()
 
 
+def test_levels_of_ones_own_may_end_at_zero():
+    """A velocity at sigma = 0 is divided by nothing; the step there goes nowhere."""
+    scheduler, x = KDiffFlowMatchEulerScheduler(k=0.9), torch.randn(2, 4)
+    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.0])
+    for t in scheduler.timesteps[:2]:
+        x = scheduler.step(torch.randn(2, 4), t, x, return_dict=False)[0]
+    last = scheduler.step(torch.randn(2, 4), scheduler.timesteps[2], x, return_dict=False)[0]
+    assert torch.equal(last, x)
+
+
 def test_a_level_for_each_token_is_refused():
     scheduler = KDiffFlowMatchEulerScheduler(k=0.5)
     scheduler.set_timesteps(2)

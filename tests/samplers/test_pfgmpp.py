@@ -461,6 +461,13 @@ def test_churn_is_refused_at_finite_dimension(cls):
         scheduler.step(x, t, x, s_churn=1.0)
 
 
+def test_heun_owes_no_stage_at_the_end_of_a_grid_that_ends_above_zero():
+    scheduler = PFGMPPHeunScheduler(augment_dim=64.0, final_sigmas_type="sigma_min")
+    x = scheduler.prior_latents(seeded_generators([0]), (2,)) * scheduler.init_noise_sigma
+    run(scheduler, 3, x, 64.0)
+    assert scheduler.sigmas[-1] > 0 and scheduler.state_in_first_order
+
+
 def test_gaussian_churn_at_infinity_is_the_stock_one_and_heun_has_none():
     from diffusers import EDMEulerScheduler
 

@@ -139,6 +139,12 @@ def test_churn_keeps_the_marginal_and_gamma_zero_is_heun():
     torch.testing.assert_close(quiet, integrate(ve_denoise, x, grid, heun_step), rtol=0, atol=0)
 
 
+def test_churn_raises_the_noise_by_what_is_missing_times_a_factor():
+    x, now, raised = torch.zeros(2, 3), torch.tensor(3.0), torch.tensor(5.0)
+    lifted = ChurnStep(torch.ones_like, noise_scale=1.5).lift(ve_denoise, x, now, raised)
+    torch.testing.assert_close(lifted, torch.full_like(x, 1.5 * 4.0))  # 3, 4, 5
+
+
 def test_multistep_solver_takes_any_level():
     """Variance preserving samples are those of EDM times alpha, step for step."""
 
@@ -216,6 +222,7 @@ def test_guidance_composes_and_knows_steps_and_stages():
 
 def test_grids_against_their_formulas():
     grid = karras_sigmas(18)
+    assert all(karras_sigmas(4, sigma_max=s)[0] == s for s in (10.0, 14.6, 80.0, 157.4, 500.0))
     assert grid[0] == 80 and grid[-1] == 0
     assert float(grid[-2]) == pytest.approx(0.002)
     roots = grid[:-1] ** (1 / 7)
