@@ -52,7 +52,9 @@ def noise_like_seeds(
     rows = [torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]
     if not rows:
         return torch.empty((0, *shape), device=device, dtype=dtype)
-    return torch.stack(rows).to(device=device, dtype=dtype)
+    # Not waited for on the way to an accelerator; on the way back the values may be read at once.
+    there = torch.device(device).type != "cpu"
+    return torch.stack(rows).to(device=device, dtype=dtype, non_blocking=there)
 
 
 def seeded_noise(

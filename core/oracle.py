@@ -191,10 +191,14 @@ class GaussianMixture:
         """Normalized log weights given the class, (B or 1, K); -inf for other classes."""
         if labels is None:
             return self.weights.log()[None]
-        wanted = torch.as_tensor(labels, device=self.means.device).reshape(-1)
-        if not bool(((wanted >= 0) & (wanted < self.num_classes)).all()):
+        wanted = torch.as_tensor(labels)
+        # Where labels live on an accelerator, asking for their values would stop it.
+        known = wanted.device.type != "cpu" or ((wanted >= 0) & (wanted < self.num_classes)).all()
+        if not known:
             raise ValueError(f"labels must be in [0, {self.num_classes - 1}], got {labels}")
-        other = self.classes[None] != wanted[:, None]
+        # One class for all stays on the CPU: a () tensor mixes with any device.
+        wanted = wanted.to(self.classes.device)[:, None] if wanted.ndim else wanted
+        other = self.classes[None] != wanted
         return self.weights.log()[None].masked_fill(other, -math.inf).log_softmax(1)
 
     def _flat(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,8 +99,9 @@ def student_noise(
         factor = student_factor(shape[0], augment_dim, generators)
     device = home if device is None else device
     # In float32 and in place: against a plain Gaussian draw this must cost next to nothing.
-    noise = gauss.mul_(per_sample(factor.to(gauss), gauss)).to(device=device, dtype=dtype)
-    return check_overflow(noise, augment_dim)
+    noise = gauss.mul_(per_sample(factor.to(gauss), gauss))
+    there = torch.device(device).type != "cpu"  # then the copy is not waited for
+    return check_overflow(noise.to(device, dtype, non_blocking=there), augment_dim)
 
 
 def check_overflow(noisy: Tensor, augment_dim: float) -> Tensor:

@@ -36,6 +36,14 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def beside(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` on the device and in the dtype of ``like``.
+
+    A copy to an accelerator is not waited for. One from it is: its values may be read at once.
+    """
+    return tensor.to(like.device, like.dtype, non_blocking=not like.is_cpu)
+
+
 def sample_dot(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
     """Dot product of each sample, over all dimensions but the first.
 

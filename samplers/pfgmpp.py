@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.denoiser import Denoise
 from ..core.noise import noise_like_seeds
 from ..core.student import check_augment_dim, check_overflow, student_noise
-from ..core.tensors import per_sample, sample_dot, sample_norm, widen
+from ..core.tensors import beside, per_sample, sample_dot, sample_norm, widen
 from .ode import look
 from .stochastic import Churn
 
@@ -138,9 +138,14 @@ def student_raise(
     if len(generators) != x.shape[0]:
         raise ValueError(f"expected {x.shape[0]} generators, one a sample, got {len(generators)}")
     rate = posterior_scale(x, denoised, sigma, augment_dim)
-    shape = torch.full((1,), (augment_dim + x[0].numel()) / 2, dtype=torch.float64)
-    draws = [torch._standard_gamma(shape.to(g.device), generator=g).cpu() for g in generators]
-    tau = rate / torch.cat(draws).to(rate.device)
+    half = (augment_dim + x[0].numel()) / 2
+    draws = [
+        torch._standard_gamma(
+            torch.full((1,), half, dtype=torch.float64, device=g.device), generator=g
+        )
+        for g in generators
+    ]
+    tau = rate / beside(torch.cat(draws), rate)
     gauss = noise_like_seeds(generators, x.shape[1:], device=x.device, dtype=x.dtype)
     width = (tau * (raised.double() ** 2 - sigma.double() ** 2)).sqrt().to(x.dtype)
     return x + per_sample(width, x) * gauss
