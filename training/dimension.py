@@ -47,6 +47,9 @@ def participation_ratio(data: Tensor) -> float:
 def maximum_likelihood_dimension(data: Tensor, neighbours: int = 10, chunk: int = 1024) -> float:
     """The nearest-neighbour estimate of Levina and Bickel (2004), averaged in its inverse.
 
+    It is the inverse that has no bias with ``neighbours - 1`` terms (MacKay and Ghahramani 2005);
+    Levina and Bickel's divisor belongs to a mean of the estimates themselves.
+
     Args:
         data: samples, (N, ...); duplicates are ignored.
         neighbours: how many neighbours each estimate uses, at least 3.
@@ -67,7 +70,7 @@ def maximum_likelihood_dimension(data: Tensor, neighbours: int = 10, chunk: int 
     inverse = []
     for part in rows.split(chunk):
         near = torch.cdist(part, rows).topk(neighbours + 1, largest=False).values[:, 1:].log()
-        inverse.append((near[:, -1:] - near[:, :-1]).sum(1) / (neighbours - 2))
+        inverse.append((near[:, -1:] - near[:, :-1]).sum(1) / (neighbours - 1))
     return float(1 / torch.cat(inverse).mean())
 
 

@@ -276,6 +276,13 @@ def test_fixed_k_under_the_target_loss_is_the_plain_error():
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("neighbours", [3, 5, 10])
+def test_the_neighbour_estimate_has_no_bias_where_the_data_has_no_edge(neighbours):
+    angles = torch.rand(3000, 2, dtype=torch.float64) * math.tau  # a torus is flat
+    torus = torch.cat([angles.cos(), angles.sin()], 1)
+    assert maximum_likelihood_dimension(torus, neighbours) == pytest.approx(2, rel=0.04)
+
+
 def test_dimension_estimators_on_a_subspace():
     rows = (
         torch.randn(3000, 5, dtype=torch.float64)
