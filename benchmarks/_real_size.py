@@ -76,7 +76,7 @@ def decoder(channels: int) -> Any:
     """An autoencoder that only tells the pipeline how much smaller latents are: eight times."""
     stages = {"down_block_types": ("DownEncoderBlock2D",) * 4}
     stages |= {"up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (32,) * 4}
-    return diffusers.AutoencoderKL(**stages, latent_channels=channels).to(DTYPE)
+    return diffusers.AutoencoderKL(**stages, latent_channels=channels, shift_factor=0.0).to(DTYPE)
 
 
 def prompts(options: Any, tokens: int, width: int, pooled: int) -> dict[str, Tensor]:

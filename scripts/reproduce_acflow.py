@@ -1,7 +1,8 @@
 r"""Compare AC-Flow with its special cases and with GRPO, at equal numbers of denoiser evaluations.
 
     python scripts/reproduce_acflow.py --out runs/acflow               (every run, then the page)
-    python scripts/reproduce_acflow.py --budget 2000000 --rate 1e-4 --samples 5000 --seeds 0 1 2 3
+    python scripts/reproduce_acflow.py --device cuda --budget 3000000 --per-class 64 --steps 20 \
+        --rate 3e-5 --samples 10000 --seeds 0 1 2 3 4                  (on a GPU)
 
 Each run is a folder under --out and goes on where it stopped; what is finished is not made again.
 The page docs/science/acflow.md is written from what is there (--page FILE; --no-page writes none).
@@ -22,6 +23,7 @@ import _acflow_page as page
 import _acflow_toy as toy
 import _cli
 import torch
+from _acflow_runs import Run
 
 from diffsteer.pipelines import files, load_embedded
 from diffsteer.training.acflow import (
@@ -37,34 +39,47 @@ from diffsteer.training.rewards import RewardSet
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "science" / "acflow.md"
+TAU = 2.0
 # What training on one's own samples does without any reward: all weights are 1.
 CONTROL = {**METHODS["orw"], "tau": 1e-9}
-ALL = [*METHODS, "grpo", "control"]
+ALL = ["acflow", "orw", "control", "grpo", "advantage-matching", "reward-weighted"]
+# Brightness is there for what a critic can explain.
+ONLY = {"brightness": ("acflow", "orw", "control")}
 SETTINGS: dict[str, Any] = {
-    "tune": "full", "prompts_per_epoch": 10, "images_per_prompt": 8, "sample_steps": 5,
-    "updates_per_epoch": 2, "levels_per_sample": 2, "ramp": 3, "eval_images": 0,
-    "checkpoint_every": 3, "sample_batch": 100, "ema": 0.5, "critic_width": 16,
+    "tune": "full", "prompts_per_epoch": 10, "updates_per_epoch": 2, "levels_per_sample": 2,
+    "tau": TAU, "ramp": 2, "eval_images": 0, "checkpoint_every": 3, "sample_batch": 160,
+    "critic_width": 16,
 }  # fmt: skip
-CRITIC = {"warmup_min": 3, "warmup_max": 3, "critic_steps": 2}
+CRITIC = {"warmup_min": 3, "warmup_max": 3, "critic_steps": 10, "critic_memory": 100}
+GRPO_STEPS = 10  # of its authors; fewer leave too much of the noise of its sampler in the images
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]   (--help lists them)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/acflow"), help="folder of the runs (runs/acflow)")
-    add("--budget", type=int, default=10_000, help="denoiser evaluations of a run (16000)")
-    add("--rate", type=float, default=1e-4, help="learning rate of every method (3e-4)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (0 1 2)")
     kinds = list(judging.REWARDS)
-    add("--methods", nargs="+", choices=ALL, default=ALL, help="default: all")
-    add("--rewards", nargs="+", choices=kinds, default=kinds, help="default: all")
-    add("--samples", type=int, default=250, help="images of an evaluation (300)")
-    add("--toy-seeds", type=int, default=5, help="seeds of the toy; 0: none (5)")
-    add("--page", type=Path, default=PAGE, help="where the tables go")
+    options: dict[str, tuple[Any, dict[str, Any]]] = {
+        "--out": (Path("runs/acflow"), {"type": Path, "help": "folder of the runs"}),
+        "--budget": (24_000, {"type": int, "help": "denoiser evaluations of a run"}),
+        "--rate": (1e-4, {"type": float, "help": "learning rate of every method"}),
+        "--steps": (8, {"type": int, "help": "solver steps of an image"}),
+        "--per-class": (16, {"type": int, "help": "images of each of the ten classes an epoch"}),
+        "--seeds": ([0, 1, 2], {"type": int, "nargs": "+", "help": "of training, one run each"}),
+        "--methods": (ALL, {"nargs": "+", "choices": ALL, "help": "what to compare"}),
+        "--rewards": (kinds, {"nargs": "+", "choices": kinds, "help": "what to raise"}),
+        "--samples": (500, {"type": int, "help": "images of an evaluation"}),
+        "--toy-seeds": (5, {"type": int, "help": "seeds of the toy; 0: none"}),
+    }
+    for name, (default, more) in options.items():
+        help_text = more.pop("help") + " (default: %(default)s)"
+        parser.add_argument(name, default=default, help=help_text, **more)
+    add = parser.add_argument
+    where = f"where the tables go (default: {PAGE.relative_to(ROOT)})"
+    add("--page", type=Path, default=PAGE, help=where)
     add("--no-page", action="store_true", help="write no page")
     add("--page-only", action="store_true", help="write it from what is finished, run nothing")
     add("--device", type=_cli.device_name, help="default: the accelerator if there is one")
@@ -74,17 +89,20 @@ def parser() -> argparse.ArgumentParser:
 
 def config_of(method: str, args: argparse.Namespace, seed: int) -> ACFlowConfig:
     """As many epochs as the budget pays for: sampling, and two or one passes a state."""
-    settings = {**SETTINGS, "learning_rate": args.rate, "seed": seed}
+    grpo = {"warmup_min": 0, "warmup_max": 0, "sample_steps": max(args.steps, GRPO_STEPS)}
+    changes = {**METHODS, "acflow": CRITIC, "grpo": grpo, "control": CONTROL}[method]
+    settings = {
+        **SETTINGS, "sample_steps": args.steps, "images_per_prompt": args.per_class,
+        "learning_rate": args.rate, "seed": seed, **changes,
+    }  # fmt: skip
     samples = settings["prompts_per_epoch"] * settings["images_per_prompt"]
     sampling = samples * settings["sample_steps"]
-    grpo = {"warmup_min": 0, "warmup_max": 0}
-    changes = {**METHODS, "acflow": CRITIC, "grpo": grpo, "control": CONTROL}[method]
-    passes = 1 if changes.get("alpha", 1.0) == 0 else 2
+    passes = 1 if settings.get("alpha", 1.0) == 0 else 2
     training = samples * settings["levels_per_sample"] * passes
     warm = CRITIC["warmup_max"] if method == "acflow" else 0
     epochs = warm + (args.budget - warm * sampling) // (sampling + training)
     kind = GRPOConfig if method == "grpo" else ACFlowConfig
-    return kind(**{**settings, **changes, "epochs": max(epochs, warm + 1)})
+    return kind(**{**settings, "epochs": max(epochs, warm + 1)})
 
 
 def make_trainer(
@@ -92,6 +110,8 @@ def make_trainer(
 ) -> ACFlowTrainer:
     """The run in ``out``, as far as it is."""
     pipe = load_embedded(device=args.device or _cli.default_device())
+    if method != "grpo":  # which has a stochastic sampler of its own, on Euler's grid
+        pipe.scheduler = judging.solver()
     kind = GRPOTrainer if method == "grpo" else ACFlowTrainer
     name = "jpeg" if method == "control" else reward
     rewards = RewardSet({name: judging.REWARDS[name]()})
@@ -116,7 +136,7 @@ def finished(method: str, reward: str, seed: int, args: argparse.Namespace) -> b
 
 def how(args: argparse.Namespace) -> dict[str, int]:
     """How runs are judged."""
-    return {"samples": args.samples, "steps": SETTINGS["sample_steps"]}
+    return {"samples": args.samples, "steps": args.steps}
 
 
 def run_method(method: str, reward: str, seed: int, args: argparse.Namespace) -> None:
@@ -156,24 +176,30 @@ def run_toys(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def planned(args: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """Method, reward and seed of every run, seed by seed."""
+    rows = itertools.product(args.seeds, args.rewards, args.methods)
+    return [(m, reward, seed) for seed, reward, m in rows if m in ONLY.get(reward, ALL)]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if min(args.budget, args.samples) < 1:
-        raise ValueError("--budget and --samples must be at least 1")
+    if min(args.budget, args.samples, args.steps, args.per_class) < 1:
+        raise ValueError("--budget, --samples, --steps and --per-class must be at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     runs = []
     judge_base(args)
-    for seed, reward, method in itertools.product(args.seeds, args.rewards, args.methods):
+    for method, reward, seed in planned(args):
         what = (method, reward, seed, args)
         if not args.page_only and not finished(*what):
             run_method(*what)
         if finished(*what):
-            runs.append(page.Run.read(reward, method, seed, folder_of(*what)))
+            runs.append(Run.read(reward, method, seed, folder_of(*what)))
     toys = run_toys(args) if args.toy_seeds else []
     if not args.no_page:
         if not runs:
             raise ValueError(f"--page-only: no run is finished in {args.out}")
-        page.write(args.page, runs, toys, page.Setting.of(args, SETTINGS, torch.get_num_threads()))
+        page.write(args.page, runs, toys, page.Setting(args, torch.get_num_threads()))
         print(f"wrote {args.page}")
 
 
