@@ -102,7 +102,8 @@ def generate_images(
         batch_size: images a call.
         config: further entries for the configuration in ``run.json``, e.g. the model's name.
         call: further arguments of the pipeline's call, e.g. height or negative_prompt.
-        overwrite: remove the images of the run that is in the folder, and begin anew.
+        overwrite: remove the images of the run that is in the folder, and begin anew; not before
+            the first new ones are made.
         state: accelerate's ``PartialState`` when several processes share the work.
         progress: show a progress bar; by default on rank 0 if standard error is a terminal.
         title: of the progress bar.
@@ -120,20 +121,22 @@ def generate_images(
     guided = rule is not None and needs_uncond(rule)  # else an evaluation would be wasted
     extra = check_call(pipe, requests, guided=guided, call=call or {})
     extra["num_inference_steps"] = steps
-    folder, began = ImageFolder(out), time.time()
+    folder, began, mine = ImageFolder(out), time.time(), requests[rank::ranks]
     missing: list[ImageRequest] = []
-    if rank == 0:
-        settings = {**(config or {}), **run_settings(pipe, rule, steps, call or {})}
-        names = getattr(pipe, "id2label", None)
-        missing = folder.prepare(requests, settings, id2label=names, overwrite=overwrite)
-    _wait(state)
-    mine = requests[rank::ranks]
-    todo = folder.missing(mine)
-    bar = _progress(len(mine), len(todo), rank, progress, title)
-    with bar, steer(pipe, rule, weak=weak) if rule is not None else nullcontext():
-        for start in range(0, len(todo), batch_size):
-            _fill(folder, pipe, todo[start : start + batch_size], extra)
-            bar.update(min(batch_size, len(todo) - start))
+    with steer(pipe, rule, weak=weak) if rule is not None else nullcontext():
+        if rank == 0:
+            settings = {**(config or {}), **run_settings(pipe, rule, steps, call or {})}
+            names = getattr(pipe, "id2label", None)
+            # Images are removed only for images: what fails at once finds that out before.
+            first = _made(pipe, mine[:batch_size], extra) if overwrite and folder.read() else []
+            missing = folder.prepare(requests, settings, id2label=names, overwrite=overwrite)
+            _add(folder, first)
+        _wait(state)
+        todo = folder.missing(mine)
+        with _progress(len(mine), len(todo), rank, progress, title) as bar:
+            for start in range(0, len(todo), batch_size):
+                _add(folder, _made(pipe, todo[start : start + batch_size], extra))
+                bar.update(min(batch_size, len(todo) - start))
     _wait(state)
     if rank == 0 and (missing or not (folder.read() or {}).get("complete")):
         folder.finish(requests, _session(pipe, len(missing), batch_size, ranks, began))
@@ -141,11 +144,15 @@ def generate_images(
     return folder.path
 
 
-def _fill(
-    folder: ImageFolder, pipe: Any, batch: Sequence[ImageRequest], extra: dict[str, Any]
-) -> None:
+def _made(
+    pipe: Any, batch: Sequence[ImageRequest], extra: dict[str, Any]
+) -> list[tuple[ImageRequest, Any]]:
     images = _images(pipe, {**extra, **batch_inputs(batch, extra)}, len(batch))
-    for request, image in zip(batch, images, strict=True):
+    return list(zip(batch, images, strict=True))
+
+
+def _add(folder: ImageFolder, made: Sequence[tuple[ImageRequest, Any]]) -> None:
+    for request, image in made:
         folder.add(request, image)
 
 

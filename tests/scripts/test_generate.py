@@ -179,6 +179,15 @@ def test_overwrite_removes_the_run_and_nothing_else(generate, tmp_path):
     assert left == {"notes.txt", "000000_airplane.png", "000001_automobile.png"}
 
 
+def test_overwrite_removes_nothing_for_a_method_that_fails_at_its_first_step(generate, tmp_path):
+    generate("--num", 3)
+    before = snapshot(tmp_path / "out")
+    nowhere = ("--guidance", "cfg", "--interval", 5000, 9000)
+    code, message = generate("--num", 2, "--overwrite", *nowhere)
+    assert code == 2 and "no step of this run" in message
+    assert snapshot(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("more", [(), ("--overwrite",)])
 def test_a_folder_of_something_else_is_never_touched(generate, tmp_path, more):
     (tmp_path / "out").mkdir()
