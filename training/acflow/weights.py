@@ -113,16 +113,19 @@ def normalised_weights(
     if family == "signed" and normalise != "none":
         raise ValueError("signed weights have a mean of about zero: use normalise='none'")
     kept = ~advantages.isnan()
-    if family == "exp" and normalise != "none" and bool(kept.any()):
-        advantages = advantages - advantages[kept].max()
+    if family == "exp" and normalise != "none" and len(advantages):
+        largest = advantages.nan_to_num(nan=-math.inf).max()
+        advantages = advantages - torch.where(largest.isfinite(), largest, 0.0)
     if family == "exp" and normalise == "group":
         advantages = advantages - _group_largest(advantages, groups)
     weight = family_weights(advantages, family=family, tau=tau)
     weight = torch.where(kept, weight, torch.zeros_like(weight))
     if normalise == "none":
         return weight
-    member = groups.unique(return_inverse=True)[1] if normalise == "group" else groups * 0
-    size = int(member.max()) + 1 if len(member) else 0
+    member, size = groups * 0, 1
+    if normalise == "group":
+        member = groups.unique(return_inverse=True)[1]
+        size = int(member.max()) + 1 if len(member) else 0
     sums = weight.new_zeros(size).index_add_(0, member, weight)
     count = weight.new_zeros(size).index_add_(0, member, kept.to(weight.dtype))
     mean = (sums / count.clamp(min=1))[member]
