@@ -126,9 +126,9 @@ class Predictions:
         outputs = [call.output for call in self.calls]
         if not torch.is_inference_mode_enabled():
             outputs = [normal(output) for output in outputs]
-        if self.layout in (BATCHED, DOUBLED):
-            outputs = list(outputs[0].chunk(2))
-        self.pair = [self._read(output, self.x) for output in outputs]
+        predictions = [self._read(output, self.x) for output in outputs]
+        doubled = self.layout in (BATCHED, DOUBLED)
+        self.pair = list(predictions[0].chunk(2)) if doubled else predictions
 
     def settle(self, order: str, sign: int) -> None:
         """Apply what verification found, and add the prediction of ``negative``."""

@@ -87,9 +87,11 @@ def _is_number(value: Tensor) -> bool:
 def as_scheduled(output: Tensor, network: Kind | None, reading: LevelReading, x: Tensor) -> Tensor:
     """A network output in the scheduler's kind, for pipelines that convert it.
 
-    The same float32 operations as such a pipeline does, so that plain guidance stays bit-exact.
+    The same float32 operations as such a pipeline does, so that plain guidance stays bit-exact. An
+    output of a doubled batch has the rows of ``x`` twice.
     """
     if network is None or network == reading.kind:
         return output
+    x = x if len(x) == len(output) else torch.cat([x, x])
     denoised = to_denoised(widen(output), network, x, reading.level)
     return from_denoised(denoised, reading.kind, x, reading.level)
