@@ -9,11 +9,13 @@ import torch
 from diffusers import LayerSkipConfig, guiders
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.layer_skip import _apply_layer_skip_hook
+from diffusers.models.attention_processor import Attention
 from tiny_pipelines import SCALE, STEPS, build
 from torch import Tensor, nn
 
 from diffsteer import steer
 from diffsteer.guidance import (
+    AdaptiveProjectedGuidance,
     AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
@@ -21,7 +23,8 @@ from diffsteer.guidance import (
     GuidanceInterval,
     RescaledGuidance,
 )
-from diffsteer.pipelines import degraded
+from diffsteer.pipelines import RuleGuider, degraded, install_guider
+from diffsteer.pipelines.perturbed import perturbed
 
 CFG = ClassifierFreeGuidance(SCALE)
 
@@ -196,6 +199,18 @@ def test_a_perturbed_token_sees_no_other(name: str, layer: int) -> None:
     assert touched.nonzero().flatten().tolist() == [3] and everywhere.sum() > 3
 
 
+def test_cross_attention_stays_also_where_it_has_as_many_keys() -> None:
+    attention = Attention(query_dim=8, heads=2, dim_head=4).requires_grad_(False)
+    image, text = torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(0))
+    with perturbed({"attention": attention}):
+        beyond, own = attention(image, text), attention(image)
+    assert torch.equal(beyond, attention(image, text))
+    torch.testing.assert_close(own, attention.to_out[0](attention.to_v(image)))
+    with pytest.raises(ValueError, match="no attention in attention went through"):
+        with perturbed({"attention": attention}):
+            attention(image, text)
+
+
 def hooks(tiny: Any) -> int:
     modules = tiny.pipe.transformer.modules()
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
@@ -243,3 +258,15 @@ def test_a_degraded_pass_is_of_the_expert_that_predicts(kind: str) -> None:
     stranger = build("wan2.2").pipe.transformer  # no network of this pipeline: it stays
     with steer(tiny.pipe, AutoGuidance(2.0), weak=degraded(stranger, **{kind: [0]})):
         assert gap(tiny.call(guidance_scale=1.0), ours) > 1e-2
+
+
+def test_two_rules_as_a_guider() -> None:
+    rule = GuidanceInterval.flow(AdaptiveProjectedGuidance(6.0), low=0.7, outside=CFG)
+    tiny = build("modular-sd3")
+    with steer(tiny.pipe, rule) as run:
+        steered = tiny.call()
+    assert len({record.sigma > 0.7 for record in run.steps}) == 2
+    install_guider(tiny.pipe, RuleGuider(RuleGuider(rule).config["rule"]))  # by way of plain values
+    assert gap(tiny.call(), steered) < 1e-5
+    install_guider(tiny.pipe, RuleGuider(CFG))
+    assert gap(tiny.call(), steered) > 1e-2
