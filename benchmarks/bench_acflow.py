@@ -3,27 +3,29 @@
     python benchmarks/bench_acflow.py embedded --threads 1                 # the CPU
     python benchmarks/bench_acflow.py sd3                # the shape of SD3-medium, on CUDA
     python benchmarks/bench_acflow.py sd3 --device cpu --layers 1 --pixels 64 --samples 4 --rounds 3
+    python benchmarks/bench_acflow.py sd3 --device cpu --part memory --checkpointing --samples 2
 
 Update: one actor update of AC-Flow (advantages from the critic, weights, loss, one critic step) and
 one of ORW-CFM-W2 (weights, loss) on the same samples and policy, in changing order; the ratio is
 the median over the rounds. Bookkeeping is what happens once an epoch: shaping, reading measures.
 Timeline: when each batch is sampled and when it is scored, by a reward that waits as one on a
 server does. Memory: bytes that are held, and the most that an update adds (live tensors on the CPU,
-the allocator's peak on CUDA).
+the allocator's peak on CUDA). Reads: values of the device that the host asks for in an update.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import _real_size
 import torch
-from _probes import PeakMemory, clocked
+from _acflow_memory import held, peak, primed, report_held
+from _probes import HostReads, clocked
 from torch import Tensor, nn
 
 from diffsteer import load_embedded
@@ -45,7 +47,8 @@ def settings_of(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
         "prompts_per_epoch": prompts, "images_per_prompt": max(1, options.samples // prompts),
         "sample_steps": options.steps, "sample_batch": max(1, options.samples // 4),
         "critic_width": options.width, "critic_steps": 1, "warmup_min": 0, "warmup_max": 0,
-        "ramp": 0, "eval_images": 0, "epochs": 10**6, "levels_per_sample": 2, **changes,
+        "ramp": 0, "eval_images": 0, "epochs": 10**6, "levels_per_sample": 2,
+        "gradient_checkpointing": options.checkpointing, **changes,
     }  # fmt: skip
 
 
@@ -171,43 +174,29 @@ def timeline(trainer: ACFlowTrainer, reward: Waiting, options: argparse.Namespac
           f"together; one after the other they take {sampling + scoring:.2f} s\n")  # fmt: skip
 
 
+def reads(trainer: ACFlowTrainer, options: argparse.Namespace) -> None:
+    """Values of samples and rewards that the host asks for in an update."""
+    found, targets = collected(trainer)
+    counts = {}
+    learners = {"AC-Flow": trainer.learner, "ORW-CFM-W2": without_critic(trainer, options)}
+    for name, learner in learners.items():
+        with HostReads(found.data.clean, *vars(targets).values()) as probe:
+            with learner.precision():
+                learner.update(found.data, targets, epoch=0, inner=0, number=0, rate=1e-6)
+        counts[name] = probe.count
+    print("host reads an update: " + ", ".join(f"{n} {c}" for n, c in counts.items()) + "\n")
+
+
 # -- memory ----------------------------------------------------------------------------------------
-
-
-def held(*things: Any) -> int:
-    """Bytes of modules, optimizers and averages."""
-    total = 0
-    for thing in things:
-        if isinstance(thing, nn.Module):
-            tensors = [*thing.parameters(), *thing.buffers()]
-        elif isinstance(thing, torch.optim.Optimizer):
-            tensors = [v for row in thing.state.values() for v in row.values()]
-        else:
-            tensors = list((thing or {}).values())
-        total += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-    return total
-
-
-def peak(run: Callable[[], Any], known: list[Tensor], options: argparse.Namespace) -> int:
-    """The most bytes that ``run`` adds to what is held."""
-    run()  # optimizers make their state in the first step
-    if options.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with PeakMemory() as probe:
-        probe.ignore(*known)
-        run()
-    return probe.peak
 
 
 def memory(options: argparse.Namespace) -> None:
     """Plain LoRA flow matching and AC-Flow on the same batch."""
     trainer = make_trainer(options, JpegSize(), tune="lora", rank=options.rank)
+    report_held(trainer.learner)
     learner, (found, targets) = trainer.learner, collected(trainer)
     policy, data = learner.policy, found.data
-    plain = torch.optim.AdamW(policy.parameters, 1e-6)
+    plain = primed(torch.optim.AdamW(policy.parameters, 1e-6))
     place = learner.place(0)
     draw = learner._draw(data, 0)
 
@@ -230,10 +219,10 @@ def memory(options: argparse.Namespace) -> None:
 
     known = [*policy.module.parameters(), data.clean]
     first = held(policy.module) + peak(plain_update, known, options) + held(plain)
-    own = [learner.optimizer, learner.average()]
+    own = [primed(learner.optimizer), learner.average()]
     critic = learner.critic
     if critic is not None:
-        own += [critic.network, critic.optimizer]
+        own += [critic.network, primed(critic.optimizer)]
         known += list(critic.network.parameters())
     added = peak(update, known, options)
     second = held(policy.module) + added + held(*own)
@@ -242,19 +231,24 @@ def memory(options: argparse.Namespace) -> None:
     print("| | peak, MB | ratio |\n|---|---|---|")
     print(f"| plain LoRA flow matching | {first / 1e6:.0f} | |")
     print(f"| AC-Flow | {second / 1e6:.0f} | {second / first:.3f} |\n")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"an update adds {added / 1e6:.0f} MB at most; the process has held {most:.2f} GB\n")
 
 
 def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    tune = "full" if options.model == "embedded" else "lora"
-    reward = Waiting()
-    trainer = make_trainer(options, reward, tune=tune, rank=options.rank)
-    updates(trainer, options)
-    timeline(trainer, reward, options)
-    del trainer
-    memory(options)
+    if options.part != "memory":
+        tune = "full" if options.model == "embedded" else "lora"
+        reward = Waiting()
+        trainer = make_trainer(options, reward, tune=tune, rank=options.rank)
+        updates(trainer, options)
+        reads(trainer, options)
+        timeline(trainer, reward, options)
+        del trainer
+    if options.part != "times":
+        memory(options)
 
 
 def parse() -> argparse.Namespace:
@@ -269,6 +263,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wait", type=float, default=0.8, help="of the reward, in batches sampled")
     parser.add_argument("--layers", type=int, help="of the sd3 transformer (default: 24)")
     parser.add_argument("--pixels", type=int, default=512, help="of the sd3 image")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--part", choices=("times", "memory"), help="default: both")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
