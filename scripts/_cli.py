@@ -12,7 +12,10 @@ from types import NoneType
 from typing import Any
 
 import torch
+from _device import add_device_option as add_device_option
+from _device import add_dtype_option as add_dtype_option
 from _device import device_name as device_name
+from _run import new_parser as new_parser
 from _run import run as run
 
 from diffsteer.core import Guidance

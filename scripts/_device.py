@@ -7,6 +7,22 @@ import argparse
 import torch
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``; None stands for the accelerator if there is one."""
+    parser.add_argument(
+        "--device", type=device_name,
+        help="cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one)",
+    )  # fmt: skip
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dtype``, which ``_cli.dtype_for`` reads."""
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: bfloat16, but float32 on the CPU",
+    )  # fmt: skip
+
+
 def device_name(text: str) -> str:
     """``text``, if torch can use such a device here; for ``type=`` of an argument.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,18 @@ USER_ERRORS = (
     *(ValueError, TypeError, OSError, NotImplementedError, ImportError),
     *(FloatingPointError, torch.OutOfMemoryError),
 )
+
+
+def new_parser(description: str | None, usage: str = "") -> argparse.ArgumentParser:
+    """A parser of a script: its docstring as it is, whole names only, and ``--traceback``."""
+    parser = argparse.ArgumentParser(
+        usage=f"%(prog)s {usage}   (--help lists them)" if usage else None,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return parser
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _run import run
+from _run import new_parser, run
 
 from diffsteer import __version__
 from diffsteer.eval.classifiers import CifarClassifier
@@ -28,9 +28,7 @@ def record(folder: Path) -> object:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("folders", type=Path, nargs="+", help="results of train_classifier.py")
     add("--shares", type=float, nargs="*", help="one a folder (default: equal ones)")
@@ -39,7 +37,6 @@ def parser() -> argparse.ArgumentParser:
     add("--mirrored", action="store_true", help="average over mirror images too")
     add("--images", type=int, default=10_000, help="that set the statistics (default: 10000)")
     add("--out", type=Path, required=True, help="folder for the result")
-    add("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
 

@@ -36,12 +36,7 @@ from diffsteer.pipelines.files import write_bytes, write_json
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --out OUT [options]   (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _cli.new_parser(__doc__, usage="--out OUT [options]")
     add = parser.add_argument
     add("--steps", type=int, default=20, help="solver steps, one stage each (default: 20)")
     add("--prompt-classes", help="the classifier's class of each prompt, in order: 207,281")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _run import run
+from _run import new_parser, run
 from torch import Tensor
 
 from diffsteer.eval.classifiers import CifarClassifier, load_classifier
@@ -61,9 +61,7 @@ def table(rows: list[dict[str, Any]], ids: tuple[str, str]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", default="uoft-cs/cifar10",
         help="parquet or image folder, or hub dataset (default: %(default)s)")  # fmt: skip
@@ -71,7 +69,6 @@ def parser() -> argparse.ArgumentParser:
     add("--noise", type=float, nargs="*", default=[0.0, 0.05, 0.1],
         help="deviations, pixels being in [0, 1] (default: 0 0.05 0.1)")  # fmt: skip
     add("--out", type=Path, help="JSON file for the numbers")
-    add("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
 

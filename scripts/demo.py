@@ -38,9 +38,7 @@ ENOUGH = 1000
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _cli.new_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/demo"), help="folder to fill (default: out/demo)")
     add("--overwrite", action="store_true", help="begin anew what is there")
@@ -49,12 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--num", type=int, default=120, help="images of each setting that are scored (120)")
     add("--steps", type=int, default=20, help="solver steps (20)")
     add("--batch-size", type=int, default=50, help="images a call (50)")
-    add(
-        "--device",
-        type=_cli.device_name,
-        help="cpu, cuda, ... (default: the accelerator if there is one)",
-    )
-    add("--traceback", action="store_true", help="show where an error comes from")
+    _cli.add_device_option(parser)
     return parser
 
 

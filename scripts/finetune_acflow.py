@@ -24,10 +24,11 @@ from typing import Any
 
 import _cli
 import _config_options as options
+from _finetune import REWARDS, add_run_options, prompts_of
 from PIL import Image
 
 from diffsteer.eval import EvalSuite
-from diffsteer.pipelines import files, load_pipeline, takes_classes
+from diffsteer.pipelines import files, load_pipeline
 from diffsteer.training.acflow import (
     METHODS,
     ACFlowConfig,
@@ -38,7 +39,7 @@ from diffsteer.training.acflow import (
 from diffsteer.training.acflow.curves import draw_curves
 from diffsteer.training.acflow.export import before_and_after
 from diffsteer.training.acflow.run_files import read_log
-from diffsteer.training.prompts import class_prompts, read_prompts
+from diffsteer.training.prompts import read_prompts
 from diffsteer.training.rewards import load_rewards
 
 # What suits the small model inside the package on two cores; the fields' defaults are for others.
@@ -51,39 +52,16 @@ EMBEDDED = {
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --out OUT --reward REWARD [options]   (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _cli.new_parser(__doc__, usage="--out OUT --reward REWARD [options]")
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder of the run; an unfinished run goes on")
-    add("--model", default="embedded", help="embedded, a pipeline folder, or a hub id")
-    add("--revision", help="branch, tag or commit of a hub id")
+    add("--reward", required=True, **REWARDS, help="what to raise; also package.module:function")
+    add_run_options(parser)
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base weights")
-    add("--device", type=_cli.device_name, help="default: the accelerator if there is one")
     add("--method", default="acflow", choices=[*METHODS, "grpo"], help="sets other defaults")
-    more: dict[str, Any] = {"nargs": "+", "metavar": "REWARD[:OPTION=VALUE][@WEIGHT]"}
-    add("--reward", required=True, **more, help="what to raise; also package.module:function")
-    add("--held-out", **more, help="what to watch without training on it")
-    add("--prompts", type=Path, help="text file, or JSONL of {prompt, metadata}")
     add("--eval-prompts", type=Path, help="prompts of evaluations (default: those of training)")
-    add("--classes", help="class names or numbers by commas, for models that take classes")
-    add(
-        "--call",
-        type=_cli.json_mapping,
-        default={},
-        help="JSON of further arguments of the pipeline",
-    )
     add("--metrics", nargs="*", help="of evaluated images, such as fd diversity (needs the "
         "embedded model's reference); default: diversity for the embedded model")  # fmt: skip
-    add(
-        "--allow-change", nargs="+", default=[], metavar="FIELD", help="what may differ on resuming"
-    )
     add("--overwrite", action="store_true", help="remove the run in --out and begin anew")
-    add("--save-only", action="store_true", help="save the newest checkpoint, train nothing")
-    add("--traceback", action="store_true", help="show where an error comes from")
     options.add_config_options(parser, ACFlowConfig, GRPOConfig)
     return parser
 
@@ -138,19 +116,6 @@ def begun_anew(out: Path, overwrite: bool) -> Iterator[None]:
         aside.rename(out)
         raise
     shutil.rmtree(aside)
-
-
-def prompts_of(pipe: Any, args: argparse.Namespace) -> Any:
-    """What the command line asks to show."""
-    if takes_classes(pipe):
-        if args.prompts:
-            raise ValueError(f"--prompts: {type(pipe).__name__} takes classes; give --classes")
-        names = args.classes.split(",") if args.classes else None
-        classes = [int(n) if n.strip().isdigit() else n.strip() for n in names] if names else None
-        return class_prompts(pipe, classes)
-    if args.classes or not args.prompts:
-        raise ValueError(f"{type(pipe).__name__} takes prompts: give --prompts FILE, no --classes")
-    return read_prompts(args.prompts)
 
 
 def write_results(trainer: ACFlowTrainer) -> None:

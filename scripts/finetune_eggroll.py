@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import _cli
 import torch
 from _config_options import add_config_options, read_config
+from _finetune import REWARDS, add_run_options, prompts_of
 
-from diffsteer.pipelines import load_pipeline, model_digest, takes_classes
+from diffsteer.pipelines import load_pipeline, model_digest
 from diffsteer.training.eggroll import (
     EggrollConfig,
     EggrollTrainer,
@@ -29,59 +29,18 @@ from diffsteer.training.eggroll import (
     process_state,
     save_result,
 )
-from diffsteer.training.prompts import Prompt, class_prompts, read_prompts
 from diffsteer.training.rewards import load_rewards
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --out OUT [options]   (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _cli.new_parser(__doc__, usage="--out OUT [options]")
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder of the run; an unfinished run goes on")
-    add("--model", default="embedded", help="embedded (default), a pipeline folder, or a hub id")
-    add("--revision", help="branch, tag or commit of a hub id")
-    more: dict[str, Any] = {"nargs": "+", "metavar": "REWARD[:OPTION=VALUE][@WEIGHT]"}
-    add("--reward", default=["jpeg"], **more, help="what to raise (default: jpeg); docs/rewards.md")
-    add("--held-out", **more, help="what to watch without training on it")
-    add("--prompts", type=Path, help="text file, or JSONL of {prompt, metadata}")
-    add("--classes", help="class names or numbers by commas, for models that take classes")
-    add(
-        "--call",
-        type=_cli.json_mapping,
-        default={},
-        help="JSON of further arguments of the pipeline",
-    )
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16, but float32 on the CPU")
-    add(
-        "--device",
-        type=_cli.device_name,
-        help="cpu, cuda, ... (default: the accelerator if there is one)",
-    )
+    add("--reward", default=["jpeg"], **REWARDS, help="what to raise (default: jpeg)")
+    add_run_options(parser)
+    _cli.add_dtype_option(parser)
     add("--threads", type=int, help="CPU threads of each process")
-    named: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "SETTING"}
-    add("--allow-change", **named, help="what may differ on resuming")
-    add("--save-only", action="store_true", help="save what the run has reached, train nothing")
-    add("--traceback", action="store_true", help="show where an error comes from")
     add_config_options(parser, EggrollConfig)
     return parser
-
-
-def prompts_from(args: argparse.Namespace, pipe: Any) -> list[Prompt]:
-    if takes_classes(pipe) and not args.prompts:
-        names = args.classes.split(",") if args.classes else None
-        classes = [int(n) if n.strip().isdigit() else n.strip() for n in names] if names else None
-        return class_prompts(pipe, classes)
-    if takes_classes(pipe) or args.classes or not args.prompts:
-        wanted = (
-            "classes: give --classes" if takes_classes(pipe) else "prompts: give --prompts FILE"
-        )
-        raise ValueError(f"{type(pipe).__name__} takes {wanted}")
-    return read_prompts(args.prompts)
 
 
 def build(args: argparse.Namespace, config: EggrollConfig, state: Any) -> EggrollTrainer:
@@ -98,7 +57,7 @@ def build(args: argparse.Namespace, config: EggrollConfig, state: Any) -> Eggrol
         "dtype": str(dtype).removeprefix("torch."),
     }
     return EggrollTrainer(
-        config, pipe, rewards, prompts_from(args, pipe), args.out, held_out=held_out,
+        config, pipe, rewards, prompts_of(pipe, args), args.out, held_out=held_out,
         call=args.call, notes=notes, allow_change=tuple(args.allow_change),
     )  # fmt: skip
 

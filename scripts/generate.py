@@ -30,12 +30,7 @@ from diffsteer.pipelines import (
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --out OUT [options]   (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _cli.new_parser(__doc__, usage="--out OUT [options]")
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default: 20)")
     add_image_options(parser)
     _cli.add_rule_options(parser)
@@ -62,14 +57,8 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="of the image, where the pipeline takes it")
     add("--width", type=int, help="of the image, where the pipeline takes it")
     add("--call", action="append", default=[], metavar="NAME=JSON", help="further call arguments")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16, but float32 on the CPU")
-    add(
-        "--device",
-        type=_cli.device_name,
-        help="cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one)",
-    )
-    add("--traceback", action="store_true", help="show where an error comes from")
+    _cli.add_dtype_option(parser)
+    _cli.add_device_option(parser)
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,7 @@ from diffsteer.pipelines import files
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _cli.new_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/eggroll"), help="folder (default: out/eggroll)")
     add("--passes", type=int, default=16384, help="rows through the network in a run (16384)")
@@ -57,7 +55,6 @@ def parser() -> argparse.ArgumentParser:
     add("--page", type=Path, help="put the tables into this page, between its marks")
     add("--plots", type=Path, help="put the pictures into this folder")
     add("--threads", type=int, help="CPU threads")
-    add("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
 

@@ -45,9 +45,7 @@ Scores = dict[str, dict[str, Estimate]]
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _cli.new_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/guidance"), help="folder (default: out/guidance)")
     add("--samples", type=int, default=5000, help="images a point and seed (default: 5000)")
@@ -61,14 +59,8 @@ def parser() -> argparse.ArgumentParser:
     add("--real", help="real images, for their colours and coarse pixels: a folder or parquet file")
     add("--page", type=Path, help="rewrite the results of this page (docs/science/guidance.md)")
     add("--plots", type=Path, help="put plots here (default: OUT)")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16, but float32 on the CPU")
-    add(
-        "--device",
-        type=_cli.device_name,
-        help="cpu, cuda, ... (default: the accelerator if there is one)",
-    )
-    add("--traceback", action="store_true", help="show where an error comes from")
+    _cli.add_dtype_option(parser)
+    _cli.add_device_option(parser)
     return parser
 
 

@@ -41,9 +41,7 @@ TITLES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _cli.new_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the results; finished points are kept")
     add("--parts", nargs="+", choices=list(TITLES), default=list(TITLES), help="which parts")
@@ -61,7 +59,6 @@ def parser() -> argparse.ArgumentParser:
     add("--precision", default="bf16", choices=("bf16", "fp32"), help="of their training")
     add("--page", type=Path, help="put the tables into this page, between its marks")
     add("--plots", type=Path, help="copy the pictures there, as targets_*.png")
-    add("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
 

@@ -28,12 +28,7 @@ SHOWN = ("accuracy", "precision", "recall", "saturation")
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --out OUT [options] --rule METHOD [its options] ...   (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _cli.new_parser(__doc__, usage="--out OUT [options] --rule METHOD [its options] ...")
     generate.add_image_options(parser)
     add = parser.add_argument
     add("--budget-nfe", type=int, help="network evaluations an image; decides the steps of each")

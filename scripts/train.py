@@ -25,16 +25,10 @@ from diffsteer.training.run_folder import read_run
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --out OUT [options]   (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _cli.new_parser(__doc__, usage="--out OUT [options]")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the run; an unfinished run goes on")
     add("--save-only", action="store_true", help="save the newest checkpoint, train nothing")
-    add("--traceback", action="store_true", help="show where an error comes from")
     more = {"nargs": "+", "default": [], "metavar": "FIELD"}
     add("--allow-change", **more, help="settings that may differ from the run's: steps ...")
     for item in fields(TrainConfig):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from _device import device_name
-from _run import run
+from _run import new_parser, run
 
 from diffsteer import __version__
 from diffsteer.eval.classifiers import CifarClassifier
@@ -25,12 +25,7 @@ from diffsteer.training.data import load_images
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --out OUT [options]   (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__, usage="--out OUT [options]")
     add = parser.add_argument
     add("--data", default="uoft-cs/cifar10",
         help="parquet or image folder, or hub dataset (default: %(default)s)")  # fmt: skip
@@ -40,7 +35,6 @@ def parser() -> argparse.ArgumentParser:
     add("--init", type=Path, help="folder of an earlier result to start from")
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to train (default: %(default)s)")  # fmt: skip
-    add("--traceback", action="store_true", help="show where an error comes from")
     for item in fields(ClassifierTraining):
         name = "--" + item.name.replace("_", "-")
         text = f"{item.metadata['help']} (default: %(default)s)"
