@@ -50,8 +50,8 @@ def steer(
             value does not matter) if the rule needs an unconditional prediction.
         rule: a guidance method, e.g. ``ClassifierFreeGuidance(scale=5.0)``.
         weak: a second model for ``Step.weak``: a module, any function that is called like the
-            denoiser and returns like it (a ``degraded`` pass, say), or the folder of one, see
-            ``load_weak``.
+            denoiser and returns like it (a ``degraded`` pass, say), the folder of one, or
+            "skip:7,8,9" or "perturb:3", see ``load_weak``.
         negative: arguments of the denoiser that make it unconditional, e.g.
             ``{"encoder_hidden_states": ..., "pooled_projections": ...}``: adds true guidance to
             pipelines that make one prediction a step (Flux), by one more evaluation a step. A
