@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from diffsteer.training.acflow.config import read_settings
+from diffsteer.training.settings import read_settings
 
 PREFIX = "setting_"
 

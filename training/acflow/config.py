@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from ..config import _field as setting
+from ..settings import Settings, setting
 from .shaping import SHAPINGS
 from .warmup import WarmUp
 from .weights import FAMILIES, NORMALISATIONS, check_signed
 
-__all__ = ["METHODS", "ACFlowConfig", "method_config", "read_settings"]
+__all__ = ["METHODS", "ACFlowConfig", "method_config"]
 
 POSITIVE_INTEGERS = (
     *("prompts_per_epoch", "images_per_prompt", "updates_per_epoch", "levels_per_sample"),
@@ -29,7 +27,7 @@ TRAIN_CFG = ("off", "both", "distil")
 
 
 @dataclass(frozen=True)
-class ACFlowConfig:
+class ACFlowConfig(Settings):
     """A run of reward fine-tuning; the defaults are AC-Flow's (reconstructed). Fields carry help.
 
     Raises:
@@ -104,13 +102,7 @@ class ACFlowConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range and contradictions."""
-        for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
-            finite = not isinstance(value, float) or math.isfinite(value)
-            if not finite and (item.name not in INFINITE or math.isnan(value)):
-                raise ValueError(f"{item.name} must be a finite number, got {value}")
+        self._check_values(INFINITE)
         self._need(POSITIVE_INTEGERS, "at least 1", lambda value: value >= 1)
         self._need(COUNTS, "0 or more", lambda value: value >= 0)
         self._need(POSITIVE, "positive", lambda value: value > 0)
@@ -135,11 +127,6 @@ class ACFlowConfig:
             raise ValueError("sampler='ema' needs ema above 0")
         _ = self.warmup
 
-    def _need(self, names: tuple[str, ...], what: str, holds: Any) -> None:
-        for name in names:
-            if not holds(getattr(self, name)):
-                raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
-
     @property
     def warmup(self) -> WarmUp:
         """The rule of the warm-up; without a critic there is only the ramp."""
@@ -156,14 +143,6 @@ class ACFlowConfig:
     def targets(self) -> tuple[str, ...]:
         """The ends of the names of layers that get adapters."""
         return tuple(name.strip() for name in self.lora_targets.split(",") if name.strip())
-
-    def changes(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """The fields that make another run of it and differ: name to (saved, now)."""
-        now = asdict(self)
-        bound = [item.name for item in fields(self) if not item.metadata["free"]]
-        return {
-            name: (saved.get(name), now[name]) for name in bound if saved.get(name) != now[name]
-        }
 
 
 NO_CRITIC = {"critic": False, "critic_steps": 0, "warmup_min": 0, "warmup_max": 0}
@@ -190,32 +169,3 @@ def method_config(method: str, **changes: Any) -> ACFlowConfig:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     return ACFlowConfig(**{**METHODS[method], **changes})
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML or JSON file, by field name.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or holds no mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config: there is no file {path}")
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = json.loads(text) if path.suffix == ".json" else _yaml(text)
-    except ValueError as error:
-        raise ValueError(f"config: cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config: {path} must hold names and values, got {type(values).__name__}")
-    return values
-
-
-def _yaml(text: str) -> Any:
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error

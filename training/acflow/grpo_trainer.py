@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...core.noise import noise_like_seeds, seeded_generators
-from ..config import _field as setting
 from ..data import derive_seed
+from ..settings import setting
 from .config import ACFlowConfig
 from .grpo import gaussian_kl, grpo_loss, sde_step, step_log_density
 from .learner import Learner

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from ..config import _field as setting
+from ..settings import Settings, setting
 from .forward import MODES
 from .noise import NOISE_KINDS
 from .shaping import SHAPINGS
@@ -24,7 +23,7 @@ WIRES = ("scores", "byte")
 
 
 @dataclass(frozen=True)
-class EggrollConfig:
+class EggrollConfig(Settings):
     """A run of evolution strategies on a pipeline's denoiser. The fields carry their help.
 
     The defaults suit the embedded model; for others begin with a sigma of about 5 % of the
@@ -84,12 +83,7 @@ class EggrollConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{item.name} must be a finite number, got {value}")
+        self._check_values()
         self._need(POSITIVE_INTEGERS, "at least 1", lambda value: value >= 1)
         self._need((*COUNTS, "save_lora_rank"), "0 or more", lambda value: value >= 0)
         self._need(POSITIVE, "positive", lambda value: value > 0)
@@ -121,19 +115,6 @@ class EggrollConfig:
                 "wire='byte' sends differences of pairs, which know fitness_shaping='zscore' "
                 "without a baseline only"
             )
-
-    def _need(self, names: tuple[str, ...], what: str, holds: Any) -> None:
-        for name in names:
-            if not holds(getattr(self, name)):
-                raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
-
-    def changes(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """The fields that make another run of it and differ: name to (saved, now)."""
-        now = asdict(self)
-        # A run from before a setting existed had its default.
-        before = {item.name: saved.get(item.name, item.default) for item in fields(self)}
-        bound = [item.name for item in fields(self) if not item.metadata["free"]]
-        return {name: (before[name], now[name]) for name in bound if before[name] != now[name]}
 
     def layers(self) -> dict[str, Any]:
         """``target_modules`` and ``exclude`` as ``Eggroll`` takes them."""

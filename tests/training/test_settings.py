@@ -1,0 +1,42 @@
+"""Settings of runs: what makes another run, what a file may hold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from diffsteer.training import TrainConfig
+from diffsteer.training.acflow import ACFlowConfig
+from diffsteer.training.eggroll import EggrollConfig
+from diffsteer.training.settings import read_settings
+
+BOUND = {TrainConfig: "beta2", ACFlowConfig: "critic_memory", EggrollConfig: "delta_decay"}
+
+
+@pytest.mark.parametrize("config", BOUND)
+def test_a_run_from_before_a_setting_existed_had_its_default(config):
+    name, saved = BOUND[config], asdict(config())
+    before = saved.pop(name)
+    assert config().changes(saved) == {}
+    assert config().changes({**saved, name: 7}) == {name: (7, before)}
+
+
+@pytest.mark.parametrize("config", BOUND)
+def test_settings_that_are_free_make_no_other_run(config):
+    assert config().changes({**asdict(config()), "checkpoint_every": 3, "log_with": "wandb"}) == {}
+
+
+@pytest.mark.parametrize("config", BOUND)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_named(config, value):
+    name = "lr" if config is EggrollConfig else "learning_rate"
+    with pytest.raises(ValueError, match=f"{name} must be a finite number"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("text, words", [("{", "cannot read"), ("[1]", "names and values")])
+def test_a_file_of_something_else_is_named(tmp_path, text, words):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{words}.*|run\.json.*{words}"):
+        read_settings(tmp_path / "run.json")
