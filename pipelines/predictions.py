@@ -44,9 +44,8 @@ def layout_of(calls: list[Call], sample: Tensor, doubled: bool) -> str:
     raise NotImplementedError(
         "steer takes one prediction a step or a pair of them, but for a sample of shape "
         f"{tuple(sample.shape)} the pipeline made: {made}. Three-way guidance, PAG, skip-layer "
-        "guidance and the like mix more than two: switch them off in the call (the rule for "
-        "PAG and SLG is DegradedPassGuidance). If another module predicts, name it with "
-        "steer(..., denoiser=module)"
+        "guidance and the like mix more than two: switch them off in the call (PAG and SLG are "
+        "DegradedPassGuidance). If another module predicts, name it: steer(..., denoiser=module)"
     )
 
 
