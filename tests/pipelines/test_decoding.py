@@ -20,15 +20,15 @@ SIZE = {"height": 16, "width": 16}
 NAMES = ("sd", "sdxl", "sd3", "pixart", "sana", "flux", "qwen", "wan", "dit")
 
 
-def shown(tiny: Tiny) -> Tensor:
-    """What the pipeline returns to a user, (B, 3, H, W) in [0, 1]."""
+def shown(tiny: Tiny, frame: int = 0) -> Tensor:
+    """What the pipeline returns to a user, (B, 3, H, W) in [0, 1]; of a clip one frame."""
     with torch.no_grad():
         arguments = {"num_inference_steps": 1, tiny.guidance_argument: 4.0, **tiny.inputs()}
         output = tiny.pipe(**{**arguments, "output_type": "pt"})[0]
     images = torch.as_tensor(output)
     if images.shape[-1] == 3:  # DiT before diffusers 0.42 knows no tensors
         images = images.permute(0, 3, 1, 2)
-    return images[:, 0] if images.ndim == 5 else images  # the first frame
+    return images[:, frame] if images.ndim == 5 else images
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,6 +45,15 @@ def test_decodes_as_the_pipeline_does(name: str) -> None:
         images = decode(latents)
     assert images.shape[1] == 3 and 0 <= images.min() and images.max() <= 1
     torch.testing.assert_close(images, shown(tiny).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_any_frame_of_a_clip_can_be_decoded() -> None:
+    tiny = build("wan")
+    latents = tiny.call(num_inference_steps=1)
+    with torch.no_grad():
+        first, last = (image_decoder(tiny.pipe, frame=frame)(latents) for frame in (0, -1))
+    assert not torch.allclose(first, last, atol=1e-2)
+    torch.testing.assert_close(last, shown(tiny, -1).float(), rtol=1e-4, atol=1e-5)
 
 
 def packed_size(tiny: Tiny) -> dict[str, int]:

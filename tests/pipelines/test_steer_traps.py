@@ -185,13 +185,22 @@ def test_compiled_denoisers(how: str) -> None:
 
 def test_a_step_cache_is_not_mixed_up() -> None:
     tiny = build("flux")
+    without = tiny.call()
+    tiny.pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1.0))
     expected = tiny.call()
-    config = diffusers.FirstBlockCacheConfig(threshold=0.0)
-    tiny.pipe.transformer.enable_cache(config)
-    with steer(tiny.pipe, CallsAgain()):
-        assert torch.equal(tiny.call(true_cfg_scale=2.0), expected)
-    with steer(tiny.pipe, AdaptiveProjectedGuidance(SCALE)):
-        tiny.call()
+    assert not torch.equal(expected, without)  # some blocks were answered from the cache
+
+    class AsksElsewhere:
+        commutes = True
+
+        def __call__(self, step: Step) -> Tensor:
+            for branch in ("cond", "uncond"):
+                step.predict(3 * step.x, branch)
+            return CFG(step)
+
+    for rule in (CallsAgain(), AsksElsewhere()):
+        with steer(tiny.pipe, rule):
+            assert torch.equal(tiny.call(true_cfg_scale=2.0), expected)
 
 
 def test_the_swapped_scheduler_is_still_itself(tmp_path: Any) -> None:
