@@ -165,19 +165,36 @@ def read_result(path: str | Path) -> EvalResult:
     Raises:
         ValueError: if the file is missing or no such result.
     """
+    found = read_results(path)
+    if len(found) != 1:
+        raise ValueError(f"{path} holds {len(found)} results; read them with read_results")
+    return found[0][1]
+
+
+def read_results(path: str | Path) -> list[tuple[str, EvalResult]]:
+    """Every result of a file of ``evaluate.py``, named by its folder, or by the file if alone.
+
+    Raises:
+        ValueError: if the file is missing or holds no result.
+    """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        scores = {}
-        for name, value in data["values"].items():
-            label = data["labels"][name]
-            scores[name] = Score(
-                name,
-                math.nan if value is None else value,
-                data["stderr"].get(name),
-                data["higher_is_better"].get(name),
-                int(label.rpartition("@")[2]),
-            )
-        return EvalResult(scores, data["meta"], data["warnings"], data["skipped"],
-                          data["per_class"], data.get("curves", {}))  # fmt: skip
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        several = data["results"] if "results" in data else {str(path): data}
+        return [(name, _result(one)) for name, one in several.items()]
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no result of evaluate.py: {error}") from error
+
+
+def _result(data: dict[str, Any]) -> EvalResult:
+    scores = {}
+    for name, value in data["values"].items():
+        label = data["labels"][name]
+        scores[name] = Score(
+            name,
+            math.nan if value is None else value,
+            data["stderr"].get(name),
+            data["higher_is_better"].get(name),
+            int(label.rpartition("@")[2]),
+        )
+    return EvalResult(scores, data["meta"], data["warnings"], data["skipped"],
+                      data["per_class"], data.get("curves", {}))  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _interrupt  # noqa: F401
 import torch
 from PIL import Image
 

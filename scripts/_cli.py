@@ -11,6 +11,7 @@ from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any
 
+import _interrupt  # noqa: F401
 import torch
 from _device import add_device_option as add_device_option
 from _device import add_dtype_option as add_dtype_option

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+import _interrupt  # noqa: F401
 import torch
 
 

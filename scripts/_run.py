@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
+import _interrupt  # noqa: F401
 import torch
 from torch import distributed
 

@@ -10,8 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import _run
 import torch
-from _run import new_parser, run
 
 from diffsteer import __version__
 from diffsteer.eval.classifiers import CifarClassifier
@@ -28,7 +28,7 @@ def record(folder: Path) -> object:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+    parser = _run.new_parser(__doc__)
     add = parser.add_argument
     add("folders", type=Path, nargs="+", help="results of train_classifier.py")
     add("--shares", type=float, nargs="*", help="one a folder (default: equal ones)")
@@ -68,4 +68,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(_run.run(main))

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _run
 import torch
-from _run import new_parser, run
 from torch import Tensor
 
 from diffsteer.eval.classifiers import CifarClassifier, load_classifier
@@ -61,7 +61,7 @@ def table(rows: list[dict[str, Any]], ids: tuple[str, str]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+    parser = _run.new_parser(__doc__)
     add = parser.add_argument
     add("--data", default="uoft-cs/cifar10",
         help="parquet or image folder, or hub dataset (default: %(default)s)")  # fmt: skip
@@ -90,4 +90,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(_run.run(main))

@@ -31,7 +31,7 @@ from diffsteer.eval.labels import find_labels
 from diffsteer.eval.pages import grids_of, write_page, write_plots
 from diffsteer.eval.pretrained import EXTRACTORS, load_extractor
 from diffsteer.eval.reference import statistics_of
-from diffsteer.eval.report import EvalResult, read_result, table, write_text
+from diffsteer.eval.report import EvalResult, read_results, table, write_text
 from diffsteer.eval.run import Reading, environment, evaluate, read_features, set_reference
 from diffsteer.eval.scorers import SCORERS, load_scorer
 from diffsteer.eval.scores import DEFAULT_METRICS, METRICS
@@ -113,6 +113,8 @@ def run_stats(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.out.exists() and not options.overwrite:
         raise FileExistsError(f"{options.out} exists; choose another --out or pass --overwrite")
+    if len(options.extractor) > 1:
+        raise ValueError("--extractor: statistics are of one space; write a file for each")
     extractor = load_extractor(
         options.extractor[0], protocol(options.protocol), device=options.device
     )
@@ -154,7 +156,7 @@ def run_compare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("evaluate.py compare", description="Results side by side.")
     parser.add_argument("results", nargs="+", type=Path, help="metrics.json files or their folders")
     options = parser.parse_args(arguments)
-    found = [(str(path), read_result(metrics_file(path))) for path in options.results]
+    found = [pair for path in options.results for pair in read_results(metrics_file(path))]
     for name in ("settings", "extractors", "reference"):
         if len({json.dumps(result.meta.get(name), sort_keys=True) for _, result in found}) > 1:
             print(f"warning: the results differ in {name}; their numbers do not compare",
@@ -216,13 +218,15 @@ def make_suite(options: argparse.Namespace) -> EvalSuite:
     settings = protocol(options.protocol)
     if options.k is not None:
         settings = replace(settings, k=options.k)
-    metrics = options.metrics.split(",")
+    metrics = [name.strip() for name in options.metrics.split(",")]
     if "all" in metrics:  # but over_k, which takes a pass for each k, only where it is named
         metrics = [m for m in METRICS if m != "over_k" or m in metrics]
     extractors = [load_extractor(n, settings, device=options.device) for n in options.extractor]
     scorers = {}
     for given in options.scorer:
         name, _, model = given.partition("=")
+        if name in scorers:
+            raise ValueError(f"--scorer {name} is given twice; score the second time by itself")
         scorers[name] = load_scorer(name, model=model or None, device=options.device)
     return EvalSuite(
         metrics, extractors=extractors, settings=settings, scorers=scorers,

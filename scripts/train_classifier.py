@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import _run
 import torch
 from _device import device_name
-from _run import new_parser, run
 
 from diffsteer import __version__
 from diffsteer.eval.classifiers import CifarClassifier
@@ -25,7 +25,7 @@ from diffsteer.training.data import load_images
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__, usage="--out OUT [options]")
+    parser = _run.new_parser(__doc__, usage="--out OUT [options]")
     add = parser.add_argument
     add("--data", default="uoft-cs/cifar10",
         help="parquet or image folder, or hub dataset (default: %(default)s)")  # fmt: skip
@@ -62,4 +62,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    raise SystemExit(_run.run(main))

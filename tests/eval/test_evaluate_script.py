@@ -108,6 +108,12 @@ def test_compare_shows_results_side_by_side_and_warns_of_other_settings(
     assert script.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     found = capsys.readouterr()
     assert "precision@40" in found.out and "differ in settings" in found.err
+    other = fake + "/images"
+    script.main([fake, other, "--reference", real, "--out", str(tmp_path / "both")])
+    capsys.readouterr()
+    assert script.main(["compare", str(tmp_path / "a"), str(tmp_path / "both")]) == 0
+    heads = capsys.readouterr().out.split("\n")[0].split()
+    assert heads == ["metric", str(tmp_path / "a" / "metrics.json"), fake, other]
 
 
 def test_strict_turns_warnings_into_an_exit_code(script, folders):
@@ -122,7 +128,9 @@ def test_strict_turns_warnings_into_an_exit_code(script, folders):
         ([], "no samples given"),
         (["nowhere"], "nowhere"),
         (["FAKE", "--reference", "nowhere"], "nowhere"),
-        (["FAKE", "--metrics", "fd,beauty"], "beauty"),
+        (["FAKE", "--metrics", "fd, beauty"], "'beauty'"),
+        (["FAKE", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["stats", "REAL", "--out", "out.npz", "--extractor", "cifar", "clip"], "one space"),
         (["FAKE", "--reference", "REAL", "--num", "41"], "num = 41"),
         (["FAKE", "--reference", "REAL", "--k", "0"], "k must be at least 1"),
         (["FAKE", "--reference", "REAL", "--labels", "nowhere.csv"], "nowhere.csv"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import scripts_main
@@ -76,6 +79,17 @@ def test_data_that_is_not_there_is_one_line(name, tmp_path, capsys):
     assert code == 2
     assert re.fullmatch(r"error: .*(nowhere|first).*\n", capsys.readouterr().err)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_while_libraries_load_is_one_line(name, tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, scripts_main.SCRIPTS / f"{name}.py", "--help"]
+    paths = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": ""}
+    done = subprocess.run(
+        command, env={**os.environ, **paths}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode and done.stderr == "stopped before anything began\n"
 
 
 def test_ctrl_c_leaves_evaluate_quietly(tmp_path, monkeypatch, capsys):
