@@ -8,6 +8,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from .tensors import send
+
 
 def seeded_generators(
     seeds: Sequence[int], device: torch.device | str = "cpu"
@@ -52,9 +54,7 @@ def noise_like_seeds(
     rows = [torch.randn(tuple(shape), generator=g, device=g.device) for g in generators]
     if not rows:
         return torch.empty((0, *shape), device=device, dtype=dtype)
-    # Not waited for on the way to an accelerator; on the way back the values may be read at once.
-    there = torch.device(device).type != "cpu"
-    return torch.stack(rows).to(device=device, dtype=dtype, non_blocking=there)
+    return send(torch.stack(rows), device, dtype)
 
 
 def seeded_noise(

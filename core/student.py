@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .noise import noise_like_seeds
-from .tensors import per_sample
+from .tensors import per_sample, send
 
 
 def check_augment_dim(augment_dim: float) -> float:
@@ -100,8 +100,7 @@ def student_noise(
     device = home if device is None else device
     # In float32 and in place: against a plain Gaussian draw this must cost next to nothing.
     noise = gauss.mul_(per_sample(factor.to(gauss), gauss))
-    there = torch.device(device).type != "cpu"  # then the copy is not waited for
-    return check_overflow(noise.to(device, dtype, non_blocking=there), augment_dim)
+    return check_overflow(send(noise, device, dtype), augment_dim)
 
 
 def check_overflow(noisy: Tensor, augment_dim: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,23 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def beside(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` on the device and in the dtype of ``like``.
+def send(
+    values: Tensor | Sequence[float],
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Values of the host, or a tensor, on ``device``.
 
-    A copy to an accelerator is not waited for. One from it is: its values may be read at once.
+    A copy to an accelerator is not waited for, as ``torch.tensor(..., device=)`` would. One from
+    it is: its values may be read at once.
+
+    Args:
+        values: numbers, or a tensor of any shape.
+        device: where to.
+        dtype: of the result; None keeps it.
     """
-    return tensor.to(like.device, like.dtype, non_blocking=not like.is_cpu)
+    there = torch.device(device).type != "cpu"
+    return torch.as_tensor(values).to(device=device, dtype=dtype, non_blocking=there)
 
 
 def sample_dot(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:

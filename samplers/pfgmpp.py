@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.denoiser import Denoise
 from ..core.noise import noise_like_seeds
 from ..core.student import check_augment_dim, check_overflow, student_noise
-from ..core.tensors import beside, per_sample, sample_dot, sample_norm, widen
+from ..core.tensors import per_sample, sample_dot, sample_norm, send, widen
 from .ode import look
 from .stochastic import Churn
 
@@ -145,7 +145,7 @@ def student_raise(
         )
         for g in generators
     ]
-    tau = rate / beside(torch.cat(draws), rate)
+    tau = rate / send(torch.cat(draws), rate.device)
     gauss = noise_like_seeds(generators, x.shape[1:], device=x.device, dtype=x.dtype)
     width = (tau * (raised.double() ** 2 - sigma.double() ** 2)).sqrt().to(x.dtype)
     return x + per_sample(width, x) * gauss

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.denoiser import Denoise
 from ..core.prediction import Level
-from ..core.tensors import beside
+from ..core.tensors import send
 from .ode import Memory, heun_step, look
 
 NoiseLike = Callable[[Tensor], Tensor]
@@ -74,7 +74,7 @@ class AncestralStep:
         noise = (x - now.alpha * denoised) / now.sigma
         kept, fresh = ancestral_noise_share(now, then, self.eta)
         out = then.alpha * denoised + kept * noise
-        return out + fresh * beside(self.noise_like(x), x) if self.eta > 0 else out
+        return out + fresh * send(self.noise_like(x), x.device, x.dtype) if self.eta > 0 else out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,4 +151,4 @@ class ChurnStep(Churn):
     def lift(self, denoise: Denoise, x: Tensor, sigma: Tensor, raised: Tensor) -> Tensor:
         """Add Gaussian noise; asks ``denoise`` nothing."""
         rise = (raised**2 - sigma**2).sqrt() * self.noise_scale
-        return x + rise * beside(self.noise_like(x), x)
+        return x + rise * send(self.noise_like(x), x.device, x.dtype)

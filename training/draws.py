@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.prediction import Level
+from ..core.tensors import send
 from .data import EpochOrder, Images, derive_seed
 from .flow import Network
 from .noise import stable_pair
@@ -78,8 +79,8 @@ def draw_batch(
     mirrored = (torch.rand(batch_size, generator=host) < 0.5) & flip
     dropped = torch.rand(batch_size, generator=host) < label_dropout
     clean, labels = images.take(indices, mirrored)
-    classes, null = labels.to(device), len(images.names)
-    labels, clean = torch.where(dropped, null, labels).to(device), clean.to(device)
+    classes, null = send(labels, device), len(images.names)
+    labels, clean = send(torch.where(dropped, null, labels), device), send(clean, device)
     there = torch.Generator(device=device).manual_seed(derive_seed(seed, "noise", step))
     noise, level = objective.draw(tuple(clean.shape), there)
     if getattr(objective, "stable_targets", False):

@@ -105,7 +105,7 @@ class DeviceTensor(Tensor):
         return self.cpu().tolist()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise NotImplementedError("a DeviceTensor is never pickled: copy it to the CPU first")
+        return self.cpu().__reduce_ex__(protocol)  # a file of it is read on the CPU
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:
         if id(self) not in memo:
@@ -162,7 +162,21 @@ class _Moves(TorchFunctionMode):
             kwargs = {k: _meta(v) if k == "device" else v for k, v in kwargs.items()}
         if func is Tensor.new_tensor and isinstance(args[0], DeviceTensor):
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype), device=CUDA)
+        if func in _INDEXING and isinstance(args[0], DeviceTensor):
+            args = (args[0], _indices(args[1]), *args[2:])
+        if func is torch.tensor:  # of device scalars: C++ would read them where there is nothing
+            args = tree_map_only(DeviceTensor, lambda scalar: scalar.item(), args)
         return func(*args, **kwargs)
+
+
+_INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+
+
+def _indices(given: Any) -> Any:
+    """Lists in an index as tensors of the device, which costs a copy."""
+    if isinstance(given, tuple):
+        return tuple(map(_indices, given))
+    return torch.tensor(given, device=CUDA) if isinstance(given, list) else given
 
 
 def _meta(device: Any) -> Any:
@@ -270,6 +284,8 @@ class FakeCuda(TorchDispatchMode):
         __tracebackhide__ = True
         flat, _ = tree_flatten((args, kwargs))
         ours = [leaf for leaf in flat if isinstance(leaf, DeviceTensor)]
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in flat):
+            raise NotImplementedError(f"{func} of a tensor without values at {_caller()}")
         name = func.overloadpacket.__name__
         asked = kwargs.get("device")
         on_device = bool(ours) if asked is None else torch.device(asked).type in _FOREIGN

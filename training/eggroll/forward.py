@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.tensors import send
 from .layers import Layer, check_layers, find_layers, unwrap
 from .lowrank import Layout, Site, lowrank_class
 from .noise import NoiseFormat, bias_noise, pair_factors
@@ -134,8 +135,8 @@ def _site(
     weight = layer.module.weight
     where: dict[str, Any] = {"device": weight.device}
     where["dtype"] = torch.promote_types(weight.dtype, torch.float32)
-    pick = torch.tensor([pairs.index(pair) for pair, _ in sources], device=weight.device)
-    signs = torch.tensor([sign * sigma for _, sign in sources], **where)
+    pick = send([pairs.index(pair) for pair, _ in sources], weight.device)
+    signs = send(torch.tensor([sign * sigma for _, sign in sources], dtype=where["dtype"]), **where)
     a, b = pair_factors(noise, layer, pairs, step, **where)
     a = a[pick] * (signs / math.sqrt(noise.rank))[:, None, None]
     bias = None

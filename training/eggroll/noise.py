@@ -23,6 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...core.tensors import send
+
 __all__ = [
     "BASELINE",
     "NOISE_KINDS",
@@ -171,7 +173,7 @@ def _draw(
     fields = ("diffsteer eggroll", noise.version, noise.seed, step // noise.reuse, name, part)
     text = "\0".join(map(str, fields)).encode()
     key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-    index = torch.tensor(pairs, dtype=torch.int64, device=device)
+    index = send(torch.tensor(pairs, dtype=torch.int64), device)
     starts = _mix((index + 1) * _signed(_GAMMA) + _signed(key))
     per_word = 4 if noise.kind == "gaussian" else 64
     words = torch.arange(1, math.ceil(count / per_word) + 1, device=device) * _signed(_GAMMA)

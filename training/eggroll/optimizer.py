@@ -23,6 +23,7 @@ from .update import (
     Offsets,
     es_gradient,
     make_optimizer,
+    norm_of,
     total_norm,
     weights_hash,
 )
@@ -268,13 +269,14 @@ class Eggroll:
         layers = list(self.layers.values())
         # Layer by layer only one layer's gradient exists, but not every optimizer can be split so.
         parts = [[layer] for layer in layers] if self._separable else [layers]
-        norm = math.hypot(*(self._move_layers(part, shaped) for part in parts))
+        norms = [self._move_layers(part, shaped) for part in parts]
+        norm = math.hypot(*map(float, norms))  # read after the last layer: the device never idles
         if self.pace.max_delta_norm is not None:
             self.offsets.limit(self.pace.max_delta_norm)
         self.offsets.write_back()
         return norm
 
-    def _move_layers(self, layers: Sequence[Layer], shaped: Shaped) -> float:
+    def _move_layers(self, layers: Sequence[Layer], shaped: Shaped) -> Tensor | float:
         moving = {}
         for layer in layers:
             found = es_gradient(self.noise, layer, self.generation, self.sigma, shaped)
@@ -287,9 +289,9 @@ class Eggroll:
         self.optimizer.zero_grad(set_to_none=True)
         if self.pace.delta_decay:
             self.offsets.decay(self.pace.delta_decay, moving)
-        norm = total_norm(offset - before[name] for name, offset in moving.items())
-        if self.pace.max_step_norm is None or norm <= self.pace.max_step_norm:
-            return norm
+        change = norm_of(offset - before[name] for name, offset in moving.items())
+        if self.pace.max_step_norm is None or (norm := float(change)) <= self.pace.max_step_norm:
+            return change
         for name, offset in moving.items():
             offset.copy_(before[name].lerp(offset, self.pace.max_step_norm / norm))
         return self.pace.max_step_norm

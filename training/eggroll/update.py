@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.tensors import send
 from .layers import Layer
 from .noise import NoiseFormat, bias_noise, pair_factors
 from .shaping import Shaped
@@ -48,7 +49,7 @@ def es_gradient(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     where: dict[str, Any] = {"device": weight.device, "dtype": dtype}
     scale = sigma / max(1, shaped.count) ** 0.5
-    weights = (pair_weights(shaped.values, noise) * scale).to(**where)
+    weights = send(pair_weights(shaped.values, noise) * scale, **where)
     total = torch.zeros(layer.rows, layer.columns, **where)
     bias = torch.zeros(layer.rows, **where) if layer.bias else None
     for pairs in chunks(len(weights), noise.rank):
@@ -102,7 +103,8 @@ class Offsets:
     def write_back(self) -> None:
         """Put ``base + offset`` into the model, in its dtype."""
         for name, weight in self._weights.items():
-            weight.copy_(self.base[name].to(self.parameters[name].dtype) + self.parameters[name])
+            new = self.base[name].to(self.parameters[name].dtype) + self.parameters[name]
+            weight.copy_(new, non_blocking=not weight.is_cpu)  # of an offloaded one: not waited for
 
     def base_hash(self) -> int:
         """The hash of the weights that the offsets belong to."""
@@ -166,9 +168,15 @@ def make_optimizer(
 
 @torch.no_grad()
 def total_norm(tensors: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all entries together."""
+    """The Euclidean norm of all entries together; reading it waits for the device."""
+    return float(norm_of(tensors))
+
+
+@torch.no_grad()
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The same where the tensors are, (), float64."""
     squares = [tensor.detach().float().square().sum() for tensor in tensors]
-    return float(torch.stack(squares).double().sum().sqrt()) if squares else 0.0
+    return torch.stack(squares or [torch.zeros(())]).double().sum().sqrt()
 
 
 def weights_hash(tensors: Iterable[Tensor]) -> int:
@@ -177,8 +185,8 @@ def weights_hash(tensors: Iterable[Tensor]) -> int:
     A sum of integers that wraps around: it does not depend on the device or the order of addition,
     but on every bit and its place.
     """
-    total = 0
-    for number, tensor in enumerate(tensors, 1):
+    sums = []
+    for tensor in tensors:
         flat = tensor.detach().contiguous().flatten()
         size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
         bits = flat.view(size).long()
@@ -186,7 +194,12 @@ def weights_hash(tensors: Iterable[Tensor]) -> int:
         # Odd multipliers that differ by place: a swap of two entries changes the sum.
         mixed = (bits + 0x632BE5AB) * (places * 0x1E3779B97F4A7C15 | 1)
         mixed = mixed ^ (mixed >> 29)
-        total = (total * 0x100000001B3 + int(mixed.sum()) * (2 * number + 1)) % 2**64
+        sums.append(mixed.sum())
+    total = 0
+    for number, found in enumerate(
+        sums, 1
+    ):  # read when all is under way: the device is awaited once
+        total = (total * 0x100000001B3 + int(found) * (2 * number + 1)) % 2**64
     return total
 
 
