@@ -136,12 +136,16 @@ def test_image_to_image_counts_the_steps_that_are_left() -> None:
         scheduler = getattr(diffusers, name)()
         scheduler.set_timesteps(STEPS)
         scheduler.set_begin_index(begin)
-        t = scheduler.timesteps[begin]
-        noise_level(scheduler, t)
-        assert LevelReader(scheduler).steps(t) == STEPS - 2
+        t, reader = scheduler.timesteps[begin], LevelReader(scheduler)
+        now = reader.read(t).level
+        assert reader.steps(t) == STEPS - 2
+        ratios = reader.remaining(t)
+        assert ratios[0] == now.ratio and torch.equal(ratios, scheduler.sigmas[begin:-1])
     scheduler = diffusers.DDIMScheduler()
     scheduler.set_timesteps(STEPS)
-    assert LevelReader(scheduler).steps(scheduler.timesteps[2]) == STEPS - 2
+    t, reader = scheduler.timesteps[2], LevelReader(scheduler)
+    assert reader.steps(t) == len(reader.remaining(t)) == STEPS - 2
+    assert reader.remaining(t)[0] == reader.read(t).level.ratio
 
 
 def test_levels_are_scalars_on_the_cpu_and_tables_follow_the_scheduler() -> None:

@@ -165,6 +165,20 @@ def test_steps_know_where_they_are() -> None:
     assert levels == sorted(levels, reverse=True)
 
 
+def test_a_scheduler_may_have_no_table_before_the_run() -> None:
+    tiny, seen = build("sd3"), []
+    del tiny.pipe.scheduler.sigmas  # ``set_timesteps`` makes it
+
+    class Watch:
+        def __call__(self, step: Step) -> torch.Tensor:
+            seen.append(step)
+            return step.cond
+
+    with steer(tiny.pipe, Watch()):
+        tiny.call()
+    assert seen[0].ratios is not None and len(seen[0].ratios) == len(seen)
+
+
 def test_several_denoisers_are_followed() -> None:
     tiny = shared("wan2.2")
     modules = [tiny.pipe.transformer, tiny.pipe.transformer_2]
