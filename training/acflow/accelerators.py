@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .config import ACFlowConfig
+from .policy import weights_digest
+from .zero import check_zero
 
-__all__ = ["check_distribution", "make_accelerator"]
+__all__ = ["check_distribution", "check_same_weights", "make_accelerator"]
 
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+OTHERS = ("MEGATRON_LM", "TP")
 
 
 def make_accelerator(config: ACFlowConfig, out: Path) -> Any:
@@ -36,15 +39,59 @@ def make_accelerator(config: ACFlowConfig, out: Path) -> Any:
 
 
 def check_distribution(accelerator: Any) -> None:
-    """Refuse launches that shard weights: every rank must hold them all.
+    """Refuse launches that shard weights in a way that sampling and averages cannot follow.
 
     Raises:
         NotImplementedError: with what to use instead.
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in SHARDED:
+    if kind in OTHERS:
         raise NotImplementedError(
-            f"accelerate was launched with {kind}, which shards weights over the ranks; sampling, "
-            "averages and checkpoints here need whole ones. Use --multi_gpu (DDP), with "
-            "tune='lora' and gradient_checkpointing to save memory"
+            f"accelerate was launched with {kind}, whose shards cannot be sampled from here; use "
+            "--use_fsdp --fsdp_version 2, or --multi_gpu where a copy of the weights fits each GPU"
         )
+    if kind == "FSDP":
+        _check_fsdp(accelerator.state.fsdp_plugin)
+    if kind == "DEEPSPEED":
+        check_zero(accelerator.state.deepspeed_plugin)
+    mesh = getattr(accelerator, "parallelism_config", None)
+    if getattr(mesh, "non_data_parallel_size", 1) > 1:
+        raise NotImplementedError(
+            "accelerate was launched with tensor, context or sequence parallelism; every rank has "
+            "samples of its own here: use data parallelism alone"
+        )
+
+
+def check_same_weights(accelerator: Any, pipe: Any) -> None:
+    """Refuse ranks that start from different weights: their samples would be of different models.
+
+    Raises:
+        ValueError: with the part of the pipeline.
+    """
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    parts = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
+    for name, part in parts.items():
+        if len(set(gather_object([weights_digest(part)]))) > 1:
+            raise ValueError(
+                f"the ranks hold different weights of the pipeline's {name}. Under FSDP, "
+                "transformers leaves models empty on all ranks but the first if they are loaded "
+                "after the accelerator was made: load them before, or set "
+                "fsdp_cpu_ram_efficient_loading: false"
+            )
+
+
+def _check_fsdp(plugin: Any) -> None:
+    wrong = {
+        "fsdp_version: 2": getattr(plugin, "fsdp_version", 1) == 2,
+        # It would choose the arithmetic by where the weights rest.
+        "fsdp_offload_params: false": type(plugin.cpu_offload).__name__ != "CPUOffloadPolicy",
+        "fsdp_activation_checkpointing: false, and gradient_checkpointing here": (
+            not plugin.activation_checkpointing
+        ),
+    }
+    for remedy, holds in wrong.items():
+        if not holds:
+            raise NotImplementedError(f"this FSDP launch cannot be trained with; set {remedy}")

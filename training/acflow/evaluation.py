@@ -72,6 +72,9 @@ class Evaluation:
         if self.suite is not None:
             self.suite.reset(keep_reference=True)
         parts = [self._batch(mine[s : s + self.batch]) for s in range(0, len(mine), self.batch)]
+        # Where weights are cut over the ranks, a pass of one needs a pass of each.
+        for _ in range(len(parts), -(-self.count // (ranks * self.batch))):
+            self._sample([0])
         images = torch.cat([part[0] for part in parts]) if parts else torch.zeros(0, 3, 1, 1)
         found = self._everyone(list(zip(mine, _rows(images), strict=True)))
         scores: dict[str, float] = {}
@@ -88,11 +91,7 @@ class Evaluation:
         return Judged(scores, [Image.fromarray(row) for _, row in found[:SHOWN]])
 
     def _batch(self, index: list[int]) -> tuple[Tensor, RewardScores, RewardScores | None]:
-        prompts = [self.prompts[i % len(self.prompts)] for i in index]
-        seeds = [SEED + i for i in index]
-        images, _ = self.sampler(
-            prompts, seeds, steps=self.steps, guidance_scale=self.guidance_scale
-        )
+        prompts, images = self._sample(index)
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         if self.suite is not None:
             labels = [p.label for p in prompts]
@@ -100,6 +99,14 @@ class Evaluation:
             self.suite.update(images.cpu(), labels=given)
         held_out = self.held_out.score(images, texts, metadata) if self.held_out else None
         return images.cpu(), self.rewards.score(images, texts, metadata), held_out
+
+    def _sample(self, index: list[int]) -> tuple[list[Prompt], Tensor]:
+        prompts = [self.prompts[i % len(self.prompts)] for i in index]
+        seeds = [SEED + i for i in index]
+        images, _ = self.sampler(
+            prompts, seeds, steps=self.steps, guidance_scale=self.guidance_scale
+        )
+        return prompts, images
 
     def _everyone(self, rows: list[Any]) -> list[Any]:
         from accelerate.utils import gather_object

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import derive_seed
 from ..ema import ExponentialMovingAverage
@@ -21,11 +21,12 @@ from .levels import Draw, draw_update
 from .losses import actor_loss, forward_noised
 from .measures import Measures
 from .observer import Observed, Replace
-from .optimise import adam
 from .policy import Policy
 from .sampling import Rollouts, known_features
+from .sharding import placed
 from .targets import Targets
 from .weights import advantage, normalised_weights
+from .zero import make_stepper
 
 __all__ = ["Learner"]
 
@@ -76,7 +77,8 @@ class Learner:
         if config.critic:
             features = known_features(observed.cond, model.timestep)
             self.critic = CriticLearner(config, observed.clean, features, images, accelerator)
-        self.optimizer = adam(policy.parameters, config.learning_rate, config.weight_decay)
+        self.stepper = make_stepper(config, policy, accelerator)
+        self.optimizer = self.stepper.optimizer
         self.ema = ExponentialMovingAverage(policy.module, config.ema) if config.ema else None
         self.steps, self._passes = 0, 0
 
@@ -155,7 +157,7 @@ class Learner:
         """Everything that learns."""
         state: dict[str, Any] = {
             "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.stepper.state_dict(),
             "updates": self.steps,
         }
         if self.ema is not None:
@@ -166,11 +168,11 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.policy.load_state_dict(placed(state["policy"], self.policy.state_dict()))
+        self.stepper.load_state_dict(state["optimizer"])
         self.steps = state["updates"]
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            self.ema.load_state_dict(placed(state["ema"], self.ema.state_dict()))
         if self.critic is not None:
             self.critic.load_state_dict(state)
 
@@ -256,15 +258,9 @@ class Learner:
             rows = place.local[index * per : (index + 1) * per]
             cut = slice(index * per * repeats, (index + 1) * per * repeats)
             last = index == config.accumulate - 1
-            context = nullcontext() if last else self.accelerator.no_sync(self.policy.runner)
-            with context, quick_attention(self.device):
-                (losses(rows, cut).sum() / (count * repeats)).backward()
-        parameters = self.policy.parameters
-        self.measures.mean("gradient_norm", nn.utils.clip_grad_norm_(parameters, config.clip))
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            with self.stepper.passing(last), quick_attention(self.device):
+                self.stepper.backward(losses(rows, cut).sum() / (count * repeats))
+        self.measures.mean("gradient_norm", self.stepper.step(rate))
         if self.ema is not None:
             self.ema.update(self.policy.module, self.steps)
         self.steps += 1

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import whole
+
 __all__ = ["ATTENTION", "add_lora", "lora_layers", "lora_state", "merged_state"]
 
 # The projections of attention under the names that diffusers' models use: Flow-GRPO's choice.
@@ -73,11 +75,15 @@ def lora_layers(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if hasattr(part, "lora_A")]
 
 
-def lora_state(module: nn.Module) -> dict[str, Tensor]:
+def lora_state(module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """The adapters as ``pipe.load_lora_weights`` reads them: scaled so that alpha is the rank.
 
     Diffusers takes alpha to be the rank where the file does not say; with the scale folded into the
     second factor every version reads the file alike.
+
+    Args:
+        module: with adapters; where it is cut over ranks, they call this together.
+        keep: whether this rank wants them; else the result is empty.
     """
     state = {}
     for name, part in module.named_modules():
@@ -86,24 +92,37 @@ def lora_state(module: nn.Module) -> dict[str, Tensor]:
         scale = part.scaling[ADAPTER]
         state[f"{name}.lora_A.weight"] = part.lora_A[ADAPTER].weight.detach().clone()
         state[f"{name}.lora_B.weight"] = part.lora_B[ADAPTER].weight.detach() * scale
-    return state
+    state = whole(state, keep=keep)
+    return state if keep else {}
 
 
-def merged_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the network without adapters, their products added to its weights."""
-    deltas = {
-        f"{name}.weight": part.get_delta_weight(ADAPTER).detach()
+def merged_state(module: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The state dict of the network without adapters, their products added to its weights.
+
+    Args:
+        module: with or without adapters; where it is cut over ranks, they call this together.
+        keep: whether this rank wants it; else the result is empty.
+    """
+    scales = {
+        f"{name}.weight": part.scaling[ADAPTER]
         for name, part in module.named_modules()
         if hasattr(part, "lora_A")
     }
+    state = whole(module.state_dict(), keep=keep)
     merged = {}
-    for name, value in module.state_dict().items():
+    for name, value in state.items() if keep else ():
         if ".lora_" in name:
             continue
         plain = name.replace(".base_layer.", ".")
-        delta = deltas.get(plain)
-        merged[plain] = value if delta is None else (value.float() + delta).to(value.dtype)
+        merged[plain] = value
+        if plain in scales:
+            down, up = (state[_factor(plain, which)].float() for which in ("lora_A", "lora_B"))
+            merged[plain] = (value.float() + scales[plain] * (up @ down)).to(value.dtype)
     return merged
+
+
+def _factor(weight: str, which: str) -> str:
+    return f"{weight.removesuffix('weight')}{which}.{ADAPTER}.weight"
 
 
 def _ending(name: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import add_lora, lora_layers, merged_state
+from .sharding import whole
 
 __all__ = ["Policy", "weights_digest"]
 
@@ -123,9 +124,16 @@ class Policy:
         finally:
             self.load_state_dict(before)
 
-    def merged(self) -> dict[str, Tensor]:
-        """The state dict of the bare network with the adapters added to its weights."""
-        return merged_state(self.module) if self.tune == "lora" else self.module.state_dict()
+    def merged(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """The state dict of the bare network with the adapters added to its weights.
+
+        Where the network is cut over ranks they call this together, and ``keep`` says which of them
+        want it; the others get nothing.
+        """
+        if self.tune == "lora":
+            return merged_state(self.module, keep=keep)
+        state: dict[str, Tensor] = whole(self.module.state_dict(), keep=keep)
+        return state if keep else {}
 
 
 def weights_digest(module: nn.Module, *, samples: int = 64) -> str:

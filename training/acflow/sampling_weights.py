@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .config import ACFlowConfig
 from .learner import Learner
+from .sharding import placed
 
 __all__ = ["SamplingWeights"]
 
@@ -34,3 +35,7 @@ class SamplingWeights:
             source = learner.average() if averaged else learner.policy.state_dict()
             self.copy = {name: value.clone() for name, value in (source or {}).items()}
         return self.copy
+
+    def load(self, copy: dict[str, Tensor] | None) -> None:
+        """Take over the copy of a checkpoint."""
+        self.copy = None if copy is None else placed(copy, self.learner.policy.state_dict())

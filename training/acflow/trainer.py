@@ -17,7 +17,7 @@ from ..prompts import Prompt
 from ..rewards import RewardPool, RewardSet
 from ..run_folder import append_line, newest_state
 from ..stopping import StopRequest
-from .accelerators import check_distribution, make_accelerator
+from .accelerators import check_distribution, check_same_weights, make_accelerator
 from .collect import Collected, collect, everyones_scores
 from .config import ACFlowConfig
 from .evaluation import Evaluation
@@ -31,6 +31,7 @@ from .run_files import LOG, check_same_run, note_start, prompts_digest
 from .sampling import Sampler
 from .sampling_weights import SamplingWeights
 from .shaping import RewardShaper
+from .sharding import is_sharded, whole
 from .targets import make_targets
 
 __all__ = ["ACFlowTrainer"]
@@ -91,6 +92,7 @@ class ACFlowTrainer:
         check_distribution(self.accelerator)
         check_split(config, self.accelerator.num_processes)
         self.sampler = Sampler(pipe, config.guidance_scale, call or {}, inputs)
+        check_same_weights(self.accelerator, pipe)
         base = self._inputs(call or {})
         changed = check_same_run(self.out, config, base, allow_change)
         self.progress = Progress(config)
@@ -130,6 +132,8 @@ class ACFlowTrainer:
         self.pipe.to(self.accelerator.device)
         self.pipe.set_progress_bar_config(disable=True)
         model, images, observed = self.sampler.learn(self.prompts)
+        if is_sharded(self.accelerator):
+            module.to("cpu")  # from where it goes to its device layer by layer, as shards
         policy = Policy(
             module,
             tune=config.tune,
@@ -141,7 +145,6 @@ class ACFlowTrainer:
         )
         if config.gradient_checkpointing:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
-        policy.runner = self.accelerator.prepare_model(module)
         self.learner = self.learner_class(config, model, policy, observed, images, self.accelerator)
         self.weights = SamplingWeights(config, self.learner)
 
@@ -237,25 +240,25 @@ class ACFlowTrainer:
 
     def checkpoint(self) -> None:
         """Write the whole state; called on every rank."""
-        if self.accelerator.is_main_process:
-            epoch = self.progress.epoch
-            state = {
-                "step": epoch,
-                "progress": self.progress.state_dict(),
-                "learner": self.learner.state_dict(),
-                "moments": self.shaper.state_dict(),
-                "copy": self.weights.copy,
-            }
+        epoch, main = self.progress.epoch, self.accelerator.is_main_process
+        state = {
+            "step": epoch,
+            "progress": self.progress.state_dict(),
+            "learner": self.learner.state_dict(),
+            "moments": self.shaper.state_dict(),
+            "copy": self.weights.copy,
+        }
+        state = whole(state, keep=main)
+        if main:
             save_checkpoint(self.out / "checkpoints", epoch, state)
         self.accelerator.wait_for_everyone()
 
     def save(self) -> Path | None:
         """Write the averaged weights as a LoRA or a pipeline; the folder, on the main rank."""
         learner = self.learner
+        main = self.accelerator.is_main_process
         with learner.policy.holding(learner.average()):
-            if not self.accelerator.is_main_process:
-                return None
-            return save_result(self.pipe, learner.policy, self.out)
+            return save_result(self.pipe, learner.policy, self.out, write=main)
 
     def _collect(self, plan: Plan, pool: RewardPool) -> Collected:
         config, accelerator = self.config, self.accelerator
@@ -277,7 +280,7 @@ class ACFlowTrainer:
     def _load(self, saved: dict[str, Any]) -> None:
         self.learner.load_state_dict(saved["learner"])
         self.shaper.load_state_dict(saved["moments"])
-        self.weights.copy = saved["copy"]
+        self.weights.load(saved["copy"])
         self.progress.load_state_dict(saved["progress"])
 
     def _agree(self, asked: bool) -> bool:

@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from acflow_ranks import SMALL
 from tiny_flow import tiny_pipeline
 
 from diffsteer.training.acflow import ACFlowConfig, ACFlowTrainer
 from diffsteer.training.prompts import class_prompts
 from diffsteer.training.rewards import Brightness, RewardSet
-
-SMALL = {
-    "prompts_per_epoch": 2, "images_per_prompt": 4, "sample_steps": 3, "sample_batch": 4,
-    "epochs": 4, "warmup_min": 1, "warmup_max": 1, "ramp": 1, "eval_images": 0,
-    "checkpoint_every": 2, "precision": "fp32", "tune": "full", "rank": 2, "learning_rate": 1e-3,
-    "critic_width": 8,
-}  # fmt: skip
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from tiny_flow import tiny_dit, tiny_pipeline
 
 from diffsteer.eval import EvalSuite
-from diffsteer.training.acflow.accelerators import check_distribution
+from diffsteer.training.acflow.accelerators import check_distribution, check_same_weights
+from diffsteer.training.acflow.policy import weights_digest
 from diffsteer.training.acflow.run_files import read_log
 from diffsteer.training.rewards import Brightness, RewardPool, RewardSet
 
@@ -83,11 +85,67 @@ def test_a_tracker_gets_the_numbers_of_every_epoch(start):
     assert all(isinstance(value, int | float) for value in sent[2].values())
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_launches_that_shard_weights_are_refused(start, kind):
-    with pytest.raises(NotImplementedError, match=rf"launched with {kind}, .* --multi_gpu"):
-        check_distribution(SimpleNamespace(distributed_type=kind))
+def launched(kind, **state):
+    return SimpleNamespace(distributed_type=kind, state=SimpleNamespace(**state))
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version: 2"),
+        ({"cpu_offload": True}, "fsdp_offload_params: false"),
+        ({"activation_checkpointing": True}, "gradient_checkpointing here"),
+    ],
+)
+def test_fsdp_that_samples_cannot_follow_is_refused(change, remedy):
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **change})
+    with pytest.raises(NotImplementedError, match=remedy):
+        check_distribution(launched("FSDP", fsdp_plugin=plugin))
+    check_distribution(launched("FSDP", fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_stage: 1 or 2 .*--fsdp_version 2"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer_device",
+        ),
+        ({"bf16": {"enabled": True}}, "no bf16 or fp16"),
+    ],
+)
+def test_deepspeed_that_samples_cannot_follow_is_refused(change, remedy):
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}
+    plain = SimpleNamespace(deepspeed_config=config)
+    check_distribution(launched("DEEPSPEED", deepspeed_plugin=plain))
+    wrong = SimpleNamespace(deepspeed_config={**config, **change})
+    with pytest.raises(NotImplementedError, match=remedy):
+        check_distribution(launched("DEEPSPEED", deepspeed_plugin=wrong))
+
+
+def test_other_ways_of_cutting_are_refused(start):
+    with pytest.raises(NotImplementedError, match=r"MEGATRON_LM.*--use_fsdp"):
+        check_distribution(launched("MEGATRON_LM"))
+    tensor = launched("MULTI_GPU")
+    tensor.parallelism_config = SimpleNamespace(non_data_parallel_size=2)
+    with pytest.raises(NotImplementedError, match="data parallelism alone"):
+        check_distribution(tensor)
     check_distribution(start().accelerator)
+
+
+def test_ranks_that_hold_different_weights_are_refused(monkeypatch):
+    pipe, ranks = tiny_pipeline("denoised"), SimpleNamespace(num_processes=2)
+    other = tiny_pipeline("denoised")
+    gathered = [lambda mine: mine * 2, lambda mine: [*mine, weights_digest(other.transformer)]]
+    monkeypatch.setattr("accelerate.utils.gather_object", gathered[1])
+    check_same_weights(ranks, pipe)
+    with torch.no_grad():
+        pipe.transformer.proj_out_2.bias += 1
+    with pytest.raises(ValueError, match="different weights of the pipeline's transformer"):
+        check_same_weights(ranks, pipe)
+    monkeypatch.setattr("accelerate.utils.gather_object", gathered[0])
+    check_same_weights(ranks, pipe)
 
 
 def test_half_precision_stays_near_full(start):
