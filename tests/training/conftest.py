@@ -8,6 +8,29 @@ import torch
 from diffsteer.training import LabelledImages, TrainConfig
 
 
+class Killed(BaseException):
+    """Stands for a kill: nothing of ours handles it."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """``killed_at(trainer, step)`` runs a trainer to the update at which it dies."""
+
+    def run(trainer, step):
+        update = trainer.update
+
+        def update_or_die():
+            if trainer.step == step:
+                raise Killed
+            return update()
+
+        monkeypatch.setattr(trainer, "update", update_or_die)
+        with pytest.raises(Killed):
+            trainer.run()
+
+    return run
+
+
 @pytest.fixture
 def images() -> LabelledImages:
     generator = torch.Generator().manual_seed(1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 
 import pytest
 
-from diffsteer.training import TrainConfig
-from diffsteer.training.acflow import ACFlowConfig
+from diffsteer.training import CheckpointError, TrainConfig
+from diffsteer.training.acflow import ACFlowConfig, GRPOConfig
+from diffsteer.training.acflow.run_files import check_same_run
 from diffsteer.training.eggroll import EggrollConfig
 from diffsteer.training.settings import read_settings
 
@@ -40,3 +42,14 @@ def test_a_file_of_something_else_is_named(tmp_path, text, words):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=rf"{words}.*|run\.json.*{words}"):
         read_settings(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("before, now", [(ACFlowConfig, GRPOConfig), (GRPOConfig, ACFlowConfig)])
+def test_fine_tuning_goes_on_as_what_it_was(tmp_path, before, now):
+    saved = asdict(before())
+    del saved["critic_memory"]  # a run from before that setting
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "inputs.json").write_text("{}")
+    assert check_same_run(tmp_path, before(), {}) == {}
+    with pytest.raises(CheckpointError, match="of another kind"):
+        check_same_run(tmp_path, now(), {})

@@ -25,26 +25,12 @@ def learning(config):
     return replace(config, objective="kdiff", k_freeze=3, k_rate=0.05, weight_decay=0.5)
 
 
-class Killed(BaseException):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize("dies_after", [4, 5, 7])
-def test_a_learned_k_resumes_bit_for_bit(tmp_path, images, learning, dies_after, monkeypatch):
+def test_a_learned_k_resumes_bit_for_bit(tmp_path, images, learning, dies_after, killed_at):
     learning = replace(learning, checkpoint_every=1)
     whole = Trainer(learning, images, tmp_path / "whole")
     whole.run()
-    first = Trainer(learning, images, tmp_path / "cut")
-    update = first.update
-
-    def update_or_die():
-        if first.step == dies_after:
-            raise Killed
-        return update()
-
-    monkeypatch.setattr(first, "update", update_or_die)
-    with pytest.raises(Killed):
-        first.run()
+    killed_at(Trainer(learning, images, tmp_path / "cut"), dies_after)
     second = Trainer(learning, images, tmp_path / "cut")
     assert second.step == dies_after and second.run()
     assert torch.equal(whole.objective.k.logit, second.objective.k.logit)

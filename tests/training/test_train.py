@@ -54,25 +54,11 @@ def curve(out) -> list[tuple[int, float]]:
 # -- resuming ------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing of ours handles it."""
-
-
 @pytest.mark.parametrize("dies_after", [3, 4, 7])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, images, config, dies_after, monkeypatch):
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, images, config, dies_after, killed_at):
     whole = Trainer(config, images, tmp_path / "whole")
     assert whole.run()
-    first = Trainer(config, images, tmp_path / "cut")
-    update = first.update
-
-    def update_or_die():
-        if first.step == dies_after:
-            raise Killed
-        return update()
-
-    monkeypatch.setattr(first, "update", update_or_die)
-    with pytest.raises(Killed):
-        first.run()
+    killed_at(Trainer(config, images, tmp_path / "cut"), dies_after)
     torch.manual_seed(99)  # whatever the new process draws must not matter
     second = Trainer(config, images, tmp_path / "cut")
     assert second.step == dies_after - dies_after % 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def check_same_run(
         check_free(out)
         return {}
     saved, before = _read(out / CONFIG), _read(out / INPUTS)
-    if set(saved) != set(asdict(config)):
+    # A run from before a setting existed lacks it; one of another kind lacks all of that kind.
+    own = set(asdict(config)) - {item.name for item in fields(ACFlowConfig)}
+    if not own <= set(saved) <= set(asdict(config)):
         raise CheckpointError(
             f"the run in {out} is of another kind: its settings are {', '.join(sorted(saved))}; "
             "use another folder"
