@@ -148,6 +148,16 @@ def test_image_to_image_counts_the_steps_that_are_left() -> None:
     assert reader.remaining(t)[0] == reader.read(t).level.ratio
 
 
+@pytest.mark.parametrize("to_one", [True, False])
+def test_the_last_step_leads_where_the_scheduler_says(to_one: bool) -> None:
+    scheduler = diffusers.DDIMScheduler(set_alpha_to_one=to_one)
+    scheduler.set_timesteps(STEPS)
+    after = LevelReader(scheduler).following(scheduler.timesteps[-1])
+    assert after is not None and after.alpha**2 == pytest.approx(
+        1.0 if to_one else float(scheduler.alphas_cumprod[0])
+    )
+
+
 def test_levels_are_scalars_on_the_cpu_and_tables_follow_the_scheduler() -> None:
     scheduler = diffusers.EulerDiscreteScheduler()
     reader = LevelReader(scheduler)
