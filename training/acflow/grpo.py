@@ -28,14 +28,15 @@ def sde_step(
     Args:
         x: states, (B, ...).
         velocity: predicted at them, same shape.
-        sigma: their levels, (B,). At 1 the diffusion is unbounded and the level ``following`` takes
-            its place there, as in Flow-GRPO.
+        sigma: their levels, (B,). At 1 the diffusion is unbounded, and the level ``following``
+            takes its place there, as in Flow-GRPO; here also less than a tenth of the step below 1,
+            where schedulers begin that turn diffusion grids into flow levels (0.999, say).
         following: the levels after the step, (B,).
         noise_level: the size of the diffusion; 0 is the deterministic sampler.
     """
-    at = torch.where(sigma > 1 - 1e-6, following, sigma)
-    diffusion = noise_level * (sigma / (1 - at)).sqrt()
     step = following - sigma
+    at = torch.where(1 - sigma < -0.1 * step, following, sigma)
+    diffusion = noise_level * (sigma / (1 - at)).sqrt()
 
     def over(value: Tensor) -> Tensor:
         return value.reshape(-1, *[1] * (x.ndim - 1))

@@ -21,6 +21,15 @@ def test_without_noise_a_step_is_that_of_euler():
     assert std.tolist() == [0.0] * 4
 
 
+def test_a_grid_that_begins_just_below_one_is_as_noisy_as_one_that_begins_there():
+    x, v = torch.randn(2, 1, 3, generator=torch.Generator().manual_seed(0))
+    following = torch.tensor([0.875])
+    mean, std = sde_step(x, v, torch.tensor([1.0]), following)
+    below, its_std = sde_step(x, v, torch.tensor([0.999]), following)
+    torch.testing.assert_close(its_std, std, rtol=0.01, atol=0)
+    torch.testing.assert_close(below, mean, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("noise_level", [0.0, 0.7])
 def test_stochastic_sampling_keeps_the_marginals(noise_level):
     """Data N(2, 0.5^2): with the exact velocity the samples must be distributed like the data."""
