@@ -392,7 +392,8 @@ def _caller() -> str:
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_code.co_filename
-        if name != __file__ and not name.startswith((_TORCH, "<")):
+        helper = name == __file__ or frame.f_code.co_name == "send"
+        if not helper and not name.startswith((_TORCH, "<")):
             break
         frame = frame.f_back
     name = frame.f_code.co_filename.removeprefix(_ROOT + "/").rpartition("site-packages/")[2]

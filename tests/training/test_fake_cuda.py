@@ -1,20 +1,25 @@
-"""Training on a device that refuses what CUDA would: no update waits, and the bits are the CPU's."""
+"""Training on a device that refuses what CUDA would: no update waits."""
 
 from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import Future
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate import Accelerator
+from acflow_ranks import SMALL
 from fake_cuda import CUDA, FakeCuda
-from tiny_flow import tiny_dit
+from tiny_flow import tiny_dit, tiny_pipeline
 
 from diffsteer.training import Trainer
+from diffsteer.training.acflow import ACFlowConfig, ACFlowTrainer, GRPOConfig, GRPOTrainer
 from diffsteer.training.eggroll import Eggroll
+from diffsteer.training.prompts import class_prompts
+from diffsteer.training.rewards import Brightness, RewardSet, pool
 
 OBJECTIVES = {
     "flow": {},
@@ -43,6 +48,58 @@ def test_updates_never_wait(tmp_path, images, config, name) -> None:
             again = Trainer(config, images, tmp_path / "run")
             assert again.step == 3
         again.update()
+
+
+class AtOnce:
+    """In the place of threads, which do not know of the device that is none."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Nothing to start."""
+
+    def submit(self, function, *args):
+        done = Future()
+        done.set_result(function(*args))
+        return done
+
+    def shutdown(self, **_: object) -> None:
+        """Nothing to wait for."""
+
+
+REWARDED = [
+    (ACFlowTrainer, ACFlowConfig, {"tune": "full", "ema": 0.9}),
+    (
+        ACFlowTrainer,
+        ACFlowConfig,
+        {"tune": "lora", "alpha": 0.5, "train_cfg": "both", "guidance_scale": 2.0},
+    ),
+    (GRPOTrainer, GRPOConfig, {}),
+]
+
+
+@pytest.mark.parametrize("trainer, config, settings", REWARDED)
+def test_updates_by_reward_never_wait(tmp_path, monkeypatch, trainer, config, settings) -> None:
+    monkeypatch.setattr(pool, "ThreadPoolExecutor", AtOnce)
+    with FakeCuda(doubles=True) as gpu, patch.object(Accelerator, "device", CUDA):
+        with gpu.allow():
+            pipe = tiny_pipeline("denoised")
+            rewards = RewardSet({"bright": Brightness()})
+            config = config(**{**SMALL, **settings})
+            run = trainer(config, pipe, class_prompts(pipe, range(4)), rewards, tmp_path / "run")
+        learn = run.learner.learn
+
+        def strictly(*args, **kwargs):
+            gpu.waits = False
+            learn(*args, **kwargs)
+            gpu.waits = True
+
+        monkeypatch.setattr(run.learner, "learn", strictly)
+        before = next(iter(run.learner.policy.state_dict().values())).clone()
+        with gpu.allow(), pool.RewardPool(rewards) as scoring:
+            for _ in range(2):  # sampling and scoring read and copy; the first epoch warms up
+                line = run.run_epoch(scoring)
+            assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
+            after = next(iter(run.learner.policy.state_dict().values()))
+            assert not torch.equal(before, after)
 
 
 EVOLUTIONS = [

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ...core.tensors import send
 from ...pipelines.observe import Call
 
 __all__ = ["Conditioning", "autocasting"]
@@ -148,13 +149,13 @@ def _detached(value: Any) -> Any:
 
 def _pick(value: Any, index: Sequence[int]) -> Any:
     if isinstance(value, Tensor):
-        return value[torch.as_tensor(list(index), device=value.device)]
+        return value[send(list(index), value.device)]
     return [value[i] for i in index]
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return send(value, device)
     return [_moved(item, device) for item in value] if isinstance(value, list) else value
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.tensors import send
 from .sampling import Rollouts
 
 __all__ = ["CriticMemory", "Remembered"]
@@ -23,7 +24,7 @@ class Remembered(NamedTuple):
 
     def take(self, index: Tensor) -> Remembered:
         """Some of them, by number."""
-        index = index.to(self.clean.device)
+        index = send(index, self.clean.device)
         features = {name: value[index] for name, value in self.features.items()}
         return Remembered(self.clean[index], features, self.shaped[index])
 

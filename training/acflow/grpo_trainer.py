@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.noise import noise_like_seeds, seeded_generators
+from ...core.tensors import send
 from ..data import derive_seed
 from ..settings import setting
 from .config import ACFlowConfig
@@ -119,7 +120,7 @@ class GRPOLearner(Learner):
         row = torch.arange(rows.start, rows.stop, device=self.device).repeat_interleave(repeats)
         place = index.flatten()
         x, after = data.states[row, place], data.states[row, place + 1]
-        levels = torch.tensor(data.sigmas, device=self.device, dtype=torch.float32)
+        levels = send(torch.tensor(data.sigmas, dtype=torch.float32), self.device)
         sigma, following = levels[place], levels[place + 1]
         cond, uncond = data.condition(rows, repeats)
         velocity = self.velocity(self.policy.runner, x, sigma, cond, uncond)
