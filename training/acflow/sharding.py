@@ -48,10 +48,8 @@ def prepare(accelerator: Any, modules: Sequence[nn.Module]) -> Callable[..., Any
     accelerator.prepare(trained, torch.optim.SGD(parameters))
     for module in frozen:
         fsdp2_prepare_model(accelerator, module)
-    for module in modules:
-        module.set_reshard_after_forward(True)  # type: ignore[operator]
-    units = sum(hasattr(part, "set_reshard_after_forward") for part in trained.modules())
-    if units == 1 and accelerator.is_main_process:
+    units = [_rest_as_shards(module) for module in modules]
+    if units[0] == 1 and accelerator.is_main_process:
         warnings.warn(
             f"FSDP gathers all of {name} at once, so a pass needs room for all its weights; to "
             "gather block by block set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and "
@@ -105,6 +103,22 @@ def _cut(value: Any, like: Any) -> Any:
     from torch.distributed.tensor import distribute_tensor
 
     # src_data_rank=None: each rank cuts its own copy, and nothing is sent.
-    return distribute_tensor(
+    cut = distribute_tensor(
         value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )
+    return cut.clone()  # the cut may be a view, which would keep the whole
+
+
+def _rest_as_shards(module: nn.Module) -> int:
+    """Let nothing of ``module`` stay whole after a pass; how many parts are gathered by turns.
+
+    FSDP2 keeps the outermost part for a backward pass, which after sampling never comes.
+    """
+    units: list[Any] = [part for part in module.modules() if hasattr(part, "reshard")]
+
+    def rest(module: nn.Module, inputs: Any, output: Any) -> None:
+        for unit in units:
+            unit.reshard()
+
+    module.register_forward_hook(rest)
+    return len(units)
