@@ -95,6 +95,11 @@ def test_overrides_replace_inputs_of_one_branch() -> None:
         null = torch.tensor([tiny.pipe.transformer.config.num_embeds_ada_norm] * 2)
         pairs.append((step.predict(None, "cond", class_labels=null), step.uncond))
         pairs.append((step.predict(None, "uncond", class_labels=null), step.uncond))
+        other = [
+            step.predict(None, b, class_labels=torch.tensor([3, 4])) for b in ("cond", "uncond")
+        ]
+        assert not torch.allclose(other[0], step.uncond)
+        pairs.append((other[0], other[1]))
         with pytest.raises(TypeError, match="no argument 'labels'"):
             step.predict(None, "cond", labels=null)
         return step.cond
