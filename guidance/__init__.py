@@ -14,6 +14,9 @@ from .degraded_pass import away_from_degraded as away_from_degraded
 from .elucd import CalibratedClassifierGuidance as CalibratedClassifierGuidance
 from .elucd import calibrated_energy as calibrated_energy
 from .elucd import smooth_activations as smooth_activations
+from .frequency import FrequencyDecoupledGuidance as FrequencyDecoupledGuidance
+from .frequency import frequency_decoupled as frequency_decoupled
+from .frequency import low_frequencies as low_frequencies
 from .gfcg import GradientFreeClassifierGuidance as GradientFreeClassifierGuidance
 from .interval import GuidanceInterval as GuidanceInterval
 from .label_check import LabelCheck as LabelCheck
@@ -40,6 +43,7 @@ __all__ = [
     "ClassifierFreeZeroStarGuidance",
     "CosineScale",
     "DegradedPassGuidance",
+    "FrequencyDecoupledGuidance",
     "GradientFreeClassifierGuidance",
     "GuidanceInterval",
     "LabelCheck",
@@ -54,6 +58,8 @@ __all__ = [
     "calibrated_energy",
     "check_label_map",
     "classifier_free",
+    "frequency_decoupled",
+    "low_frequencies",
     "match_classes",
     "optimised_scale",
     "parse_scale",

@@ -20,6 +20,7 @@ from diffsteer.guidance import (
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     DegradedPassGuidance,
+    FrequencyDecoupledGuidance,
     GradientFreeClassifierGuidance,
     GuidanceInterval,
     LinearScale,
@@ -83,6 +84,10 @@ EXAMPLES: dict[str, tuple[Guidance, Guidance]] = {
     "DegradedPassGuidance beside APG, scheduled": (
         DegradedPassGuidance(AdaptiveProjectedGuidance(6.0), LinearScale(0.0, 3.0), 0.0, 1.0),
         DegradedPassGuidance(AdaptiveProjectedGuidance(1.0), LinearScale(0.0, 0.0), 0.0, 1.0),
+    ),
+    "FrequencyDecoupledGuidance": (
+        FrequencyDecoupledGuidance(LinearScale(2.0, 6.0), 2.0),
+        FrequencyDecoupledGuidance(1.0, 1.0),
     ),
     "RescaledGuidance": (
         RescaledGuidance(ClassifierFreeGuidance(3.0)),
@@ -344,6 +349,9 @@ NUMBERS = [
     (DegradedPassGuidance, "scale"),
     (DegradedPassGuidance, "start"),
     (DegradedPassGuidance, "stop"),
+    (FrequencyDecoupledGuidance, "halvings"),
+    (FrequencyDecoupledGuidance, "scale_high"),
+    (FrequencyDecoupledGuidance, "scale_low"),
     (RescaledGuidance, "rescale"),
     (AdaptiveProjectedGuidance, "eta"),
     (AdaptiveProjectedGuidance, "radius"),

@@ -22,6 +22,7 @@ from diffsteer.guidance import (
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     DegradedPassGuidance,
+    FrequencyDecoupledGuidance,
     GradientFreeClassifierGuidance,
     GuidanceInterval,
     ManifoldProjectedGuidance,
@@ -50,13 +51,14 @@ class Case:
     """A rule, the same rule doing nothing, and the network calls it adds to a pipeline's own.
 
     ``extra``: where the pipeline batches both branches, and where it does not; at steps whose flow
-    sigma is greater than ``above``.
+    sigma is greater than ``above``. ``images``: it needs rows and columns; packed tokens have none.
     """
 
     on: Any
     off: Any
     extra: tuple[int, int] = (0, 0)
     above: float = 0.0
+    images: bool = False
 
 
 def unchanged(latents: Tensor) -> Tensor:
@@ -79,6 +81,9 @@ CASES: dict[str, Case] = {
     ),
     "ClassifierFreeZeroStarGuidance": Case(
         ClassifierFreeZeroStarGuidance(3.0), ClassifierFreeZeroStarGuidance(1.0, 0)
+    ),
+    "FrequencyDecoupledGuidance": Case(
+        FrequencyDecoupledGuidance(6.0, 2.0), FrequencyDecoupledGuidance(1.0, 1.0), images=True
     ),
     "RescaledGuidance": Case(
         RescaledGuidance(AdaptiveProjectedGuidance(6.0)),
@@ -106,8 +111,15 @@ CASES: dict[str, Case] = {
         above=0.5,
     ),
 }
+PACKED = ("flux", "qwen")
+PAIRS = [
+    (rule, family)
+    for rule, case in CASES.items()
+    for family in FAMILIES
+    if not (case.images and family in PACKED)
+]
 MATRIX = pytest.mark.parametrize("rule", CASES)
-ON = pytest.mark.parametrize("family", FAMILIES)
+EVERYWHERE = pytest.mark.parametrize("rule, family", PAIRS)
 
 
 @cache
@@ -191,8 +203,7 @@ def test_every_rule_is_in_the_matrix() -> None:
     assert CASES.keys() == rules().keys()
 
 
-@ON
-@MATRIX
+@EVERYWHERE
 def test_guides_and_costs_its_price(family: str, rule: str) -> None:
     latents, block = guided(family, rule)
     assert torch.isfinite(latents).all() and not latents.requires_grad
@@ -206,8 +217,7 @@ def test_guides_and_costs_its_price(family: str, rule: str) -> None:
     assert block.evaluations == sum(record.evaluations for record in block.steps)
 
 
-@ON
-@MATRIX
+@EVERYWHERE
 def test_off_is_the_conditional_prediction_to_the_bit(family: str, rule: str) -> None:
     latents, block = run(family, prepared(family, CASES[rule].off))
     assert torch.equal(latents, plain(family, 1.0))
@@ -215,16 +225,14 @@ def test_off_is_the_conditional_prediction_to_the_bit(family: str, rule: str) ->
     assert {record.evaluations for record in block.steps} == {own}
 
 
-@ON
-@MATRIX
+@EVERYWHERE
 def test_the_same_in_inference_mode(family: str, rule: str) -> None:
     with torch.inference_mode():
         again, _ = run(family, prepared(family, CASES[rule].on))
     assert torch.equal(again.clone(), guided(family, rule)[0])
 
 
-@ON
-@MATRIX
+@EVERYWHERE
 def test_no_image_looks_at_another(family: str, rule: str) -> None:
     """Whatever its neighbour is, and on whichever side."""
     whole, chosen = guided(family, rule)[0], prepared(family, CASES[rule].on)
@@ -233,13 +241,18 @@ def test_no_image_looks_at_another(family: str, rule: str) -> None:
     torch.testing.assert_close(run(family, chosen, rows=(1, 1))[0][1], whole[1], **close)
 
 
-@ON
-@MATRIX
+@EVERYWHERE
 def test_half_precision_stays_so(family: str, rule: str) -> None:
     latents, block = run(family, prepared(family, CASES[rule].on), dtype=torch.bfloat16)
     assert torch.isfinite(latents).all() and all(record.guided for record in block.steps)
     assert latents.dtype == plain(family, 1.0, torch.bfloat16).dtype  # that of the pipeline itself
     assert shared(family, torch.bfloat16).pipe.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_tokens_have_no_frequencies(family: str) -> None:
+    with pytest.raises(ValueError, match=r"need rows and columns.*packed tokens \(Flux"):
+        run(family, CASES["FrequencyDecoupledGuidance"].on)
 
 
 @MATRIX
