@@ -10,13 +10,16 @@ import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import sklearn.metrics
 import torch
 
 from diffsteer.eval import (
+    Gaussian,
     Moments,
     class_accuracy,
     colour_stats,
+    fd_infinity,
     frechet_distance,
     frechet_distance_from_features,
     prdc,
@@ -170,3 +173,13 @@ def test_colours_of_pillow():
         assert float(found.contrast[i]) == pytest.approx(contrast, abs=0.002)
         clipped = ((picture == 0) | (picture == 255)).any(2).mean()
         assert float(found.clipped[i]) == pytest.approx(clipped)
+
+
+def test_fd_infinity_is_scipys_line_and_so_is_its_error():
+    random = torch.Generator().manual_seed(11)
+    truth = Gaussian.of(torch.zeros(8), torch.eye(8))
+    found = fd_infinity(truth, torch.randn(400, 8, generator=random, dtype=torch.float64))
+    line = scipy.stats.linregress(1 / found.counts.numpy(), found.distances.numpy())
+    assert (found.value, found.slope, found.stderr) == pytest.approx(
+        (line.intercept, line.slope, line.intercept_stderr), rel=1e-9
+    )

@@ -24,7 +24,8 @@ class Messages:
     """Encodes and decodes the scores of a generation.
 
     Groups of members that are sampled together go to the ranks in turn, so that the groups, and
-    with them the rounding of every score, do not depend on the number of ranks.
+    with them the rounding of every score, do not depend on the number of ranks: as long as none
+    would go without, for which the trainer makes groups smaller.
 
     Args:
         config: the settings.
