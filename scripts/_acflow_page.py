@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _acflow_figures import draw, draw_pictures
+from _acflow_figures import draw, draw_pictures, draw_trade
 from _acflow_pairs import difference, half_width, shown
 from _acflow_runs import LAST, NAMES, Run, mean_of
 
@@ -68,6 +68,9 @@ def write(
                 f"![The same ten seeds under every method, reward {reward}](../images/{grid.name})",
                 "",
             ]
+    trade = picture.with_name("acflow_trade.png")
+    if draw_trade(runs, trade):
+        body += [f"![Reward against fd-cifar, a point for each run](../images/{trade.name})", ""]
     body += _critic(runs)
     if draw(runs, picture):
         body += [f"![Rewards over denoiser evaluations](../images/{picture.name})", ""]

@@ -14,7 +14,7 @@ from diffsteer.training.acflow.run_files import read_log
 NAMES = {
     "acflow": "AC-Flow", "orw": "ORW-CFM-W2", "reward-weighted": "reward-weighted (alpha 0)",
     "advantage-matching": "advantage matching (signed)", "grpo": "Flow-GRPO",
-    "control": "control (all weights 1)",
+    "control": "control (all weights 1)", "orw-loose": "ORW-CFM-W2, alpha 0.3",
 }  # fmt: skip
 LAST = 3  # epochs that shares and explained variances are averaged over
 

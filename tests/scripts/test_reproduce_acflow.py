@@ -37,11 +37,9 @@ def test_every_method_gets_the_same_evaluations(study):
 
 def test_runs_come_seed_by_seed_and_brightness_for_some_methods_only(study):
     found = study.planned(study.parser().parse_args(["--seeds", "1", "0"]))
-    assert [seed for _, _, seed in found] == [1] * 15 + [0] * 15
-    assert {method for method, reward, _ in found if reward == "brightness"} == {
-        "acflow", "orw", "control",
-    }  # fmt: skip
-    assert {method for method, reward, _ in found if reward == "class"} == set(study.ALL)
+    assert [seed for _, _, seed in found] == [1] * 16 + [0] * 16
+    for name, methods in study.PLAN.items():
+        assert {method for method, reward, _ in found if reward == name} == set(methods)
 
 
 def test_a_small_study_is_judged_written_and_not_made_again(study, tmp_path):
@@ -64,7 +62,7 @@ def test_a_small_study_is_judged_written_and_not_made_again(study, tmp_path):
     assert "--methods acflow orw control grpo" in text and "--rewards jpeg" in text
     assert "AC-Flow minus ORW" in text and "Explained variance" in text
     pictures = sorted(path.name for path in (tmp_path / "docs" / "images").iterdir())
-    assert pictures == ["acflow_curves.png", "acflow_jpeg.png"]
+    assert pictures == ["acflow_curves.png", "acflow_jpeg.png", "acflow_trade.png"]
     times = {f: (tmp_path / "runs" / f / "judged.json").stat().st_mtime_ns for f in folders}
     assert scripts_main.run("reproduce_acflow", *options) == 0
     again = {f: (tmp_path / "runs" / f / "judged.json").stat().st_mtime_ns for f in folders}
