@@ -62,9 +62,8 @@ def fd_infinity(
         moments, start = moments + Moments.of(fake[start:size]), int(size)
         distances.append(frechet_distance_to(reference, moments.mean, moments.covariance))
     value, slope, stderr = _line(1 / sizes, np.array(distances))
-    return Extrapolation(
-        value, stderr, slope, torch.from_numpy(sizes).double(), torch.tensor(distances).double()
-    )
+    counts = torch.from_numpy(sizes).double()
+    return Extrapolation(value, stderr, slope, counts, torch.tensor(distances, dtype=counts.dtype))
 
 
 def _line(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float, float]:

@@ -123,6 +123,28 @@ def test_only_one_at_a_time_is_inside_though_each_removes_the_lock(tmp_path):
     assert max(most) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"alpha": "error"}, {"on_error": "skip"}, {"num": 5}, {"prompts": ["q"] * 6}, {"scorer": "b"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_changes_the_features_is_part_of_their_key(make_folder, tmp_path, change):
+    source, net = open_images(make_folder("a", 6)), tiny_extractor()
+
+    def read(*, prompts=("p",) * 6, scorer="a", **options):
+        def score(images, prompts):
+            return torch.zeros(len(images))
+
+        score.id = scorer
+        return read_features(
+            source, [net], Reading(workers=0, **options), cache=FeatureCache(tmp_path / "cache"),
+            prompts=prompts, scorers={"s": score},
+        )  # fmt: skip
+
+    read()
+    assert read().cached and not read(**change).cached and read(**change).cached
+
+
 def test_a_key_holds_every_part_and_where_it_ends():
     plain = FeatureCache.key("files", "net", [1, 2], "fail")
     assert plain == FeatureCache.key("files", "net", [1, 2], "fail")
