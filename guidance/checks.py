@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.tensors import send
+
 
 def check_number(
     name: str,
@@ -187,4 +189,4 @@ def one_label_a_sample(labels: Tensor, sample: Tensor) -> Tensor:
         raise ValueError(
             f"labels must have shape ({sample.shape[0]},), one a sample, got {tuple(labels.shape)}"
         )
-    return labels.to(sample.device).long()
+    return send(labels, sample.device).long()

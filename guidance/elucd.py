@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.step import Guidance, Step, needs_uncond
-from ..core.tensors import per_sample, sample_norm, widen
+from ..core.tensors import per_sample, sample_norm, send, widen
 from .checks import (
     check_choice,
     check_classifier,
@@ -234,7 +234,7 @@ class CalibratedClassifierGuidance:
     def _energy(self, step: Step, images: Tensor, labels: Tensor) -> Tensor:
         # One class has no probability to climb, but its logit may be any energy.
         logits = classify(self.classifier, images, least=2 if self.marginal else 1)
-        table = None if self.label_map is None else self.label_map.to(logits.device)
+        table = None if self.label_map is None else send(self.label_map, logits.device)
         own, known = own_labels(labels, logits.shape[1], table)
         if ("seen", id(self)) not in step.memory:  # once a trajectory: this waits for the device
             if self.labels is None:  # labels of one's own may be of anything, e.g. of attributes

@@ -185,7 +185,9 @@ class GradientFreeClassifierGuidance:
         check_reached(step.ratios, self.low, self.high)
         memory = step.memory.setdefault(id(self), {})
         ratio = step.level.ratio
-        inside = bool(((ratio > self.low) & (ratio <= self.high)).all())
+        # Without ends nothing is asked: a level on an accelerator would have to be waited for.
+        ends = self.low > 0 or self.high < math.inf
+        inside = not ends or bool(((ratio > self.low) & (ratio <= self.high)).all())
         if not inside or self.scale == 0:
             guided = self._baseline(step)
         else:

@@ -79,12 +79,13 @@ class D2FScheduler(DDIMScheduler):
             ValueError: before ``set_timesteps``, for an unknown timestep, or with ``eta`` above 0.
         """
         grid = getattr(self, "_grid", [])
-        if int(timestep) not in grid:
-            raise ValueError(f"timestep {int(timestep)} is none of {grid}; call set_timesteps()")
+        time = int(timestep)  # one wait a step, where it lives on an accelerator
+        if time not in grid:
+            raise ValueError(f"timestep {time} is none of {grid}; call set_timesteps()")
         if eta:
             raise ValueError(f"D2FScheduler is deterministic; eta must be 0, got {eta}")
-        after = grid.index(int(timestep)) + 1
-        now = Level.vp(self.alphas_cumprod[int(timestep)].cpu())
+        after = grid.index(time) + 1
+        now = Level.vp(self.alphas_cumprod[time].cpu())
         x, kind = widen(sample), KINDS[self.config.prediction_type]
         clean = to_denoised(widen(model_output), kind, x, now)
         if self.config.thresholding:

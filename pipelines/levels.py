@@ -78,6 +78,7 @@ class LevelReader:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self._copies: dict[str, tuple[Any, Tensor]] = {}
+        self._time = torch.zeros(1)
         # Asked once: for what is not there diffusers searches the configuration every time.
         self._has = {name for name in _TELLING if hasattr(scheduler, name)}
 
@@ -116,7 +117,8 @@ class LevelReader:
             return LevelReading(self._kind(), Level.vp(s._alpha_cumprod(_flat(timestep), "cpu")[0]))
         if "alphas_cumprod" in has:
             if self._tabled():
-                level = Level.vp(self.table("alphas_cumprod")[int(timestep)])
+                self._time = _flat(timestep)  # of an accelerator: read once a step
+                level = Level.vp(self.table("alphas_cumprod")[int(self._time)])
                 return LevelReading(self._kind(), level)
             kind = self._kind()
             return LevelReading(Kind.V_VE if kind == Kind.V else kind, Level.ve(self._sigma()))
@@ -140,7 +142,7 @@ class LevelReader:
             return None
         if self._tabled():
             times = self.table("timesteps")
-            here = (times == _flat(timestep)).nonzero()
+            here = (times == self._time).nonzero()
             if not len(here):
                 return None
             after = int(here[-1]) + 1

@@ -46,8 +46,8 @@ _COPIES = {"_to_copy", "copy_", "copy"}
 _SCALARS_TOO = {"fill_", "fill", "masked_fill", "masked_fill_", "index_put_", "index_put", "where"}
 
 
-class HostWait(RuntimeError):
-    """The host waited for the device where it should not."""
+class Refused(RuntimeError):
+    """The host waited for the device, or computed in float64 on it, where it should not."""
 
 
 class DeviceMismatch(RuntimeError):
@@ -188,7 +188,7 @@ class FakeCuda(TorchDispatchMode):
 
     Args:
         waits: whether the host may wait for the device; ``events`` lists each time it did.
-        doubles: whether float64 may be computed with on the device.
+        doubles: whether float64 may be computed with on the device; ``events`` lists that too.
     """
 
     current: FakeCuda | None = None
@@ -305,8 +305,8 @@ class FakeCuda(TorchDispatchMode):
             elif torch.Tag.inplace_view in func.tags:
                 with no_dispatch():  # squeeze_ and its like: the shape that C++ knows changes too
                     func(*args, **kwargs)
-            if value.dtype == torch.float64 and not self.doubles:
-                raise HostWait(f"float64 on the device: {func} at {_caller()}")
+            if value.dtype == torch.float64:
+                self._note(f"float64 on the device: {func}", self.doubles)
             return known
 
         return tree_map_only(Tensor, wrap, result)
@@ -366,10 +366,13 @@ class FakeCuda(TorchDispatchMode):
                     raise DeviceMismatch(f"a generator on {place} at {_caller()}")
 
     def _wait(self, what: str) -> None:
+        self._note(what, self.waits)
+
+    def _note(self, what: str, allowed: bool) -> None:
         event = Event(what, _caller())
         self.events.append(event)
-        if not self.waits:
-            raise HostWait(str(event))
+        if not allowed:
+            raise Refused(str(event))
 
 
 def _held(tree: Any) -> Any:
