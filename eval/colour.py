@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.tensors import send
+
 # Rec. 601 luma, the weights of JPEG and of PIL's "L" mode.
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -46,7 +48,7 @@ def colour_stats(images: Tensor) -> ColourStats:
     pixels = images.float() / 255
     high, low = pixels.amax(1), pixels.amin(1)
     saturation = torch.where(high > 0, (high - low) / high.clamp_min(1 / 255), 0)
-    luma = (pixels * torch.tensor(_LUMA, device=images.device)[:, None, None]).sum(1)
+    luma = (pixels * send(_LUMA, images.device)[:, None, None]).sum(1)
     clipped = ((images == 0) | (images == 255)).any(1).float()
     return ColourStats(
         saturation.flatten(1).mean(1),

@@ -136,12 +136,13 @@ class Extractor:
                 f"{self.name} must give features of shape (B, d), got "
                 f"{tuple(taps.features.shape)}; pool or flatten them in `forward`"
             )
-        return Taps(*(None if tap is None else tap.float().cpu() for tap in taps.all))  # type: ignore[arg-type]
+        return Taps(*(None if tap is None else tap.float() for tap in taps.all))  # type: ignore[arg-type]
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """All micro-batches on the CPU, copied at once: the device never waits between two of them."""
     present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+    return torch.cat(present).cpu() if present else None
 
 
 def cifar_extractor(which: str = "evaluation", *, device: torch.device | str = "cpu") -> Extractor:

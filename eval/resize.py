@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.tensors import send
+
 
 def tf1_bilinear(image: Tensor, side: int) -> Tensor:
     """TensorFlow 1's ``resize_bilinear``: corners asymmetric, no antialiasing (ADM, EDM, FID)."""
@@ -97,8 +99,8 @@ def resized(
 
     def fitted(part: Tensor) -> Tensor:
         if part.shape[-2:] == (side, side):
-            return part.to(device).float()
-        return RESIZES[rule](part.to(where), side).to(device)
+            return send(part, device).float()
+        return send(RESIZES[rule](send(part, where), side), device)
 
     # One by one suits a CPU's cache; an accelerator would wait for every small kernel.
     whole = where.type != "cpu" or images[0].shape[-2:] == (side, side)

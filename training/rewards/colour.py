@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.tensors import send
 from .protocol import Metadata
 
 __all__ = ["Brightness", "ColourTarget"]
@@ -39,7 +40,7 @@ class Brightness:
         self, images: Tensor, prompts: Sequence[str] = (), metadata: Sequence[Metadata] = ()
     ) -> Tensor:
         """Scores (B,), differentiable in the images."""
-        weights = torch.tensor(LUMA, device=images.device)
+        weights = send(LUMA, images.device)
         luma = images.float().mean((2, 3)) @ weights
         return luma if self.target is None else -(luma - self.target).abs()
 
