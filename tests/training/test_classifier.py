@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from diffsteer.training.classifier import (
     ClassifierTraining,
     build_classifier,
     classification_report,
+    make_optimizer,
     predict,
     train_classifier,
+    train_epoch,
 )
 from diffsteer.training.classifier_recipe import (
     augment,
@@ -63,6 +66,17 @@ def test_augmented_images_are_shifts_of_the_mirrored_ones():
         assert len(matches) == 1
         seen.update(matches)
     assert len(seen) > 4, "all images moved alike"
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.4])
+def test_the_loss_has_smoothed_labels(smoothing):
+    data, config = striped(), replace(SMALL, batch_size=96, label_smoothing=smoothing)
+    network = build_classifier(config, data.names, data.pixels).train()
+    ((images, labels),) = epoch_batches(data.pixels, data.labels, config, 0)
+    loss = train_epoch(copy.deepcopy(network), make_optimizer(network, config), data, config, 0)
+    soft = torch.nn.functional.one_hot(labels, 3) * (1 - smoothing) + smoothing / 3
+    expected = -(soft * network(images).log_softmax(1)).sum(1).mean()
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_cutout_greys_one_square():
