@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .observe import Call, plain
@@ -25,7 +26,7 @@ class DegradedPass:
     Build one with ``degraded``. It is called like the denoiser, so it serves wherever a weak model
     does: ``steer(pipe, AutoGuidance(2.0), weak=degraded(pipe.transformer, skip=[3]))``. The weights
     are shared; nothing is copied. A skipped layer is computed and its result dropped. A compiled
-    denoiser is run uncompiled.
+    denoiser, or one of compiled blocks, is run uncompiled.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class DegradedPass:
             ValueError: if a layer returns something of another shape than it is given, or an
                 attention does not go through PyTorch's ``scaled_dot_product_attention``.
         """
-        with self._passed_over(), perturbed(self.attentions):
-            return self.module(*args, **kwargs)
+        # A compiled module, or block, would not look at hooks that it was not compiled with.
+        with torch.compiler.set_stance("force_eager"), self._passed_over():
+            with perturbed(self.attentions):
+                return self.module(*args, **kwargs)
 
     @contextmanager
     def _passed_over(self) -> Iterator[None]:

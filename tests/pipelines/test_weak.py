@@ -62,6 +62,19 @@ def test_a_degraded_pass_is_the_model_without_the_layer(name: str, layer: Any) -
         torch.testing.assert_close(less, without)
 
 
+@pytest.mark.parametrize("kind", ["skip", "perturb"])
+@pytest.mark.parametrize("how", ["in place", "blocks"])
+def test_a_degraded_pass_of_a_compiled_model_is_degraded(how: str, kind: str) -> None:
+    """What was compiled without our hooks would not call them."""
+    plain, tiny = steered(build("flux"), f"{kind}:0"), build("flux")
+    transformer = tiny.pipe.transformer
+    if how == "in place":
+        transformer.compile(backend="eager")
+    else:
+        transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    torch.testing.assert_close(steered(tiny, f"{kind}:0"), plain)
+
+
 def test_the_three_ways_from_a_word(tmp_path: Path) -> None:
     tiny = build("sd3")
     assert torch.equal(
