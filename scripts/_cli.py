@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import typing
 from collections.abc import Callable, Sequence
@@ -177,11 +178,13 @@ def json_mapping(text: str) -> dict[str, Any]:
 
 
 def default_device() -> str:
-    """The accelerator if there is one, else the CPU."""
+    """The accelerator if there is one (each rank's own under a launcher), else the CPU."""
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
-    return "cpu" if accelerator is None else accelerator.type
+    if accelerator is None or "LOCAL_RANK" not in os.environ:
+        return "cpu" if accelerator is None else accelerator.type
+    return f"{accelerator.type}:{int(os.environ['LOCAL_RANK']) % torch.accelerator.device_count()}"
 
 
 def dtype_for(name: str, device: torch.device | str) -> torch.dtype:

@@ -179,3 +179,16 @@ def test_the_settings_of_the_page_are_settings_that_fit_eight_ranks(tmp_path):
     config = options.read_config(parser.parse_args(["--config", str(path)]), ACFlowConfig)
     check_split(config, 8)
     assert (config.train_cfg, config.learning_rate, config.rank) == ("both", 1e-4, 32)
+
+
+def test_each_rank_of_a_launch_has_a_device_of_its_own(monkeypatch):
+    """Models of rewards and the pipeline are loaded before accelerate chooses the device."""
+    cli = scripts_main.load("_cli")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert cli.default_device() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert cli.default_device() == "cuda:3"
+    assert cli.dtype_for("auto", cli.default_device()) == torch.bfloat16
