@@ -56,7 +56,7 @@ def draw_trade(runs: Sequence[Run], path: Path) -> bool:
             points = [run.scores() for run in here if run.method == method]
             if points:
                 x, y = ([point[column] for point in points] for column in (FD, "reward"))
-                axis.plot(x, y, "ov^s<>D"[place], color=f"C{place}", label=name, alpha=0.8)
+                axis.plot(x, y, "ov^s<>DP"[place], color=f"C{place}", label=name, alpha=0.8)
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter("{x:.0f}")
         axis.tick_params(axis="x", which="both", labelsize=7)

@@ -14,7 +14,8 @@ from diffsteer.training.acflow.run_files import read_log
 NAMES = {
     "acflow": "AC-Flow", "orw": "ORW-CFM-W2", "reward-weighted": "reward-weighted (alpha 0)",
     "advantage-matching": "advantage matching (signed)", "grpo": "Flow-GRPO",
-    "control": "control (all weights 1)", "orw-loose": "ORW-CFM-W2, alpha 0.3",
+    "control": "control (all weights 1)", "orw-0.3": "ORW-CFM-W2, alpha 0.3",
+    "orw-0.1": "ORW-CFM-W2, alpha 0.1",
 }  # fmt: skip
 LAST = 3  # epochs that shares and explained variances are averaged over
 

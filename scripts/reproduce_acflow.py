@@ -42,12 +42,12 @@ PAGE = ROOT / "docs" / "science" / "acflow.md"
 TAU = 2.0
 # What training on one's own samples does without any reward: all weights are 1.
 CONTROL = {**METHODS["orw"], "tau": 1e-9}
-# A critic lets a run go farther at the same alpha: ORW is let go as far by a smaller one.
-LOOSE = {**METHODS["orw"], "alpha": 0.3}
+# A critic lets a run go farther at the same alpha: ORW is let go as far by smaller ones.
+LOOSE = {f"orw-{alpha}": {**METHODS["orw"], "alpha": alpha} for alpha in (0.3, 0.1)}
 MAIN = ("acflow", "orw", "control", "grpo", "advantage-matching", "reward-weighted")
 # Brightness is there because a critic can explain it.
-PLAN = {"jpeg": MAIN, "class": MAIN, "brightness": ("acflow", "orw", "orw-loose", "control")}
-ALL = [*MAIN, "orw-loose"]
+PLAN = {"jpeg": MAIN, "class": MAIN, "brightness": ("acflow", "orw", "control", *LOOSE)}
+ALL = [*MAIN, *LOOSE]
 SETTINGS: dict[str, Any] = {
     "tune": "full", "prompts_per_epoch": 10, "updates_per_epoch": 2, "levels_per_sample": 2,
     "tau": TAU, "ramp": 2, "eval_images": 0, "checkpoint_every": 3, "sample_batch": 160,
@@ -93,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
 def config_of(method: str, args: argparse.Namespace, seed: int) -> ACFlowConfig:
     """As many epochs as the budget pays for: sampling, and two or one passes a state."""
     grpo = {"warmup_min": 0, "warmup_max": 0, "sample_steps": max(args.steps, GRPO_STEPS)}
-    own = {"acflow": CRITIC, "grpo": grpo, "control": CONTROL, "orw-loose": LOOSE}
-    changes = {**METHODS, **own}[method]
+    own = {"acflow": CRITIC, "grpo": grpo, "control": CONTROL}
+    changes = {**METHODS, **LOOSE, **own}[method]
     settings = {
         **SETTINGS, "sample_steps": args.steps, "images_per_prompt": args.per_class,
         "learning_rate": args.rate, "seed": seed, **changes,

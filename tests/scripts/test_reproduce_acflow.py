@@ -37,7 +37,7 @@ def test_every_method_gets_the_same_evaluations(study):
 
 def test_runs_come_seed_by_seed_and_brightness_for_some_methods_only(study):
     found = study.planned(study.parser().parse_args(["--seeds", "1", "0"]))
-    assert [seed for _, _, seed in found] == [1] * 16 + [0] * 16
+    assert [seed for _, _, seed in found] == [1] * 17 + [0] * 17
     for name, methods in study.PLAN.items():
         assert {method for method, reward, _ in found if reward == name} == set(methods)
 
