@@ -261,6 +261,13 @@ def test_stages_of_a_solver_are_not_steps() -> None:
     assert [(s.index, s.stage) for s in spy.seen] == [(i // 2, i % 2) for i in range(7)]
 
 
+def test_a_second_guider_begins_each_of_its_runs_afresh() -> None:
+    """Wan 2.2 gives it the later steps alone, so no run of it begins at step 0."""
+    tiny = give(build("modular-wan2.2"), AdaptiveProjectedGuider(relative_radius=None))
+    first = tiny.call()
+    assert torch.equal(tiny.call(), first)
+
+
 def test_a_run_that_broke_off_leaves_nothing_behind() -> None:
     tiny = give(build("modular-sd3"), AdaptiveProjectedGuider())
     whole = tiny.call()
