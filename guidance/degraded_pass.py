@@ -48,7 +48,8 @@ class DegradedPassGuidance:
     ``steer(pipe, DegradedPassGuidance(ClassifierFreeGuidance(4.5)), weak="skip:7,8,9")``.
     Perturbed-attention guidance (PAG) of SDXL:
     ``steer(pipe, DegradedPassGuidance(ClassifierFreeGuidance(5.0), 3.0, start=0, stop=1),
-    weak="perturb:mid_block")``. One evaluation more at each step of the window.
+    weak="perturb:mid_block")``. One evaluation more at each step of the window; where the pipeline
+    batches both branches it is of both (SD3's own makes the conditional one alone).
 
     Args:
         rule: the guidance beside; it must not move the sample. ``ClassifierFreeGuidance(1.0)`` is
