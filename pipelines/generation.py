@@ -126,11 +126,7 @@ def generate_images(
     with steer(pipe, rule, weak=weak) if rule is not None else nullcontext():
         if rank == 0:
             settings = {**(config or {}), **run_settings(pipe, rule, steps, call or {})}
-            names = getattr(pipe, "id2label", None)
-            # Images are removed only for images: what fails at once finds that out before.
-            first = _made(pipe, mine[:batch_size], extra) if overwrite and folder.read() else []
-            missing = folder.prepare(requests, settings, id2label=names, overwrite=overwrite)
-            _add(folder, first)
+            missing = _begun(folder, pipe, requests, settings, overwrite, mine[:batch_size], extra)
         _wait(state)
         todo = folder.missing(mine)
         with _progress(len(mine), len(todo), rank, progress, title) as bar:
@@ -142,6 +138,24 @@ def generate_images(
         folder.finish(requests, _session(pipe, len(missing), batch_size, ranks, began))
     _wait(state)
     return folder.path
+
+
+def _begun(
+    folder: ImageFolder,
+    pipe: Any,
+    requests: Sequence[ImageRequest],
+    settings: dict[str, Any],
+    overwrite: bool,
+    first: Sequence[ImageRequest],
+    extra: dict[str, Any],
+) -> list[ImageRequest]:
+    """Begin or continue the folder; the requests that it did not have."""
+    # Images are removed only for images: what fails at once finds that out before.
+    made = _made(pipe, first, extra) if overwrite and folder.read() else []
+    names = getattr(pipe, "id2label", None)
+    missing = folder.prepare(requests, settings, id2label=names, overwrite=overwrite)
+    _add(folder, made)
+    return missing
 
 
 def _made(
