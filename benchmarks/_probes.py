@@ -75,6 +75,15 @@ def clocked(run: Callable[[], Any], options: argparse.Namespace) -> float:
     return clock() - start
 
 
+def device_name(device: str) -> str:
+    """What tables call ``device``; ends the program where there is none of its kind."""
+    if not device.startswith("cuda"):
+        return "CPU"
+    if not torch.cuda.is_available():
+        raise SystemExit("skipped: there is no CUDA device here")
+    return torch.cuda.get_device_name(device)
+
+
 def synchronize(options: argparse.Namespace) -> None:
     """Wait for ``options.device``."""
     if options.device.startswith("cuda"):

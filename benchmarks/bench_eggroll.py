@@ -82,6 +82,7 @@ def report_throughput(times: dict[str, list[float]], v: Variants) -> None:
 def peak(run: Callable[[], Any], options: argparse.Namespace, known: Sequence[Tensor]) -> int:
     """The most bytes held at once, without what was there before."""
     if options.device.startswith("cuda"):
+        run()  # libraries take their workspaces
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()

@@ -3,12 +3,14 @@
     python benchmarks/bench_eval.py                        the table at full size (minutes to hours)
     python benchmarks/bench_eval.py --dim 512 --count 2000 --memory-count 4000 --repeats 1
     python benchmarks/bench_eval.py --only frechet
+    python benchmarks/bench_eval.py --device cuda --only frechet prdc moments suite
 
 Every row runs ours and the peer in turns in one process, so that whatever else the machine does
 hits both; medians of wall and processor time are printed, and ratios of the latter (on a busy
-machine wall time measures the neighbours). Errors are relative, against singular values of the
-two data factors in float64 (tests hold those against 60-digit arithmetic). Memory is the growth of
-the peak resident size of a fresh process.
+machine wall time measures the neighbours). With ``--device cuda`` ours and torchmetrics compute
+there, after a turn that is not counted, and ratios are of wall time. Errors are relative, against
+singular values of the two data factors in float64 (tests hold those against 60-digit arithmetic).
+Memory is the growth of the peak resident size of a fresh process.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _probes import device_name
 from PIL import Image
 from torch import Tensor
 
@@ -43,27 +46,32 @@ from diffsteer.eval.classifiers import CIFAR10_CLASSES
 from diffsteer.eval.frechet import frechet_distance_of_moments
 
 
-def features(count: int, dim: int, seed: int, scale: float = 1.0) -> Tensor:
+def features(count: int, dim: int, seed: int, scale: float = 1.0, device: str = "cpu") -> Tensor:
     """Rows with a decaying spectrum, as network features have."""
     random = torch.Generator().manual_seed(seed)
     decay = scale / (1 + torch.arange(dim) / 64)
-    return (torch.randn(count, dim, generator=random) * decay + 0.5 * decay).float()
+    return (torch.randn(count, dim, generator=random) * decay + 0.5 * decay).float().to(device)
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
     """Wall seconds, processor seconds, value."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     wall, processor = time.perf_counter(), time.process_time()
     value = call()
+    wait()
     return time.perf_counter() - wall, time.process_time() - processor, value
 
 
 Found = dict[str, tuple[float, float, Any]]
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> Found:
+def in_turns(calls: dict[str, Callable[[], Any]], options: argparse.Namespace) -> Found:
     """Median wall and processor seconds and the last value of each call; the calls take turns."""
     runs: dict[str, list[tuple[float, float, Any]]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    for call in calls.values() if options.device != "cpu" else ():
+        call()  # libraries of the device are loaded
+    for _ in range(options.repeats):
         for name, call in calls.items():
             runs[name].append(timed(call))
     return {
@@ -94,7 +102,7 @@ class Peers:
         """ADM, EDM, clean-fid and dgm-eval: numpy moments in float64, ``scipy.linalg.sqrtm``."""
         import scipy.linalg
 
-        sides = [rows.numpy().astype(np.float64) for rows in (self.x, self.y)]
+        sides = [rows.cpu().numpy().astype(np.float64) for rows in (self.x, self.y)]
         means = [rows.mean(0) for rows in sides]
         covs = [np.cov(rows, rowvar=False) for rows in sides]
         _, spent, root = timed(lambda: scipy.linalg.sqrtm(covs[0] @ covs[1]).real)
@@ -114,7 +122,7 @@ class Peers:
 
         size = (1, 1, self.x.shape[1])
         metric = FrechetInceptionDistance(feature=Identity(), input_img_size=size)
-        metric.set_dtype(torch.float64)
+        metric.set_dtype(torch.float64).to(self.x.device)
         for rows, real in ((self.x, True), (self.y, False)):
             for batch in rows.double().split(1024):
                 metric.update(batch[:, None, None], real=real)
@@ -136,8 +144,8 @@ def exact_distance(x: Tensor, y: Tensor) -> float:
 
 def bench_frechet(options: argparse.Namespace) -> None:
     for count in (options.count, options.dim // 2):
-        x = features(count, options.dim, 1)
-        y = features(count + count // 5, options.dim, 2, 1.1)
+        x = features(count, options.dim, 1, device=options.device)
+        y = features(count + count // 5, options.dim, 2, 1.1, options.device)
         a, b, peers = Moments.of(x), Moments.of(y), Peers(x, y)
         truth = exact_distance(x, y)
         calls: dict[str, Callable[[], float]] = {
@@ -146,8 +154,8 @@ def bench_frechet(options: argparse.Namespace) -> None:
             "torchmetrics": peers.torchmetrics,
             "ours, from moments": lambda a=a, b=b: frechet_distance_of_moments(a, b),
         }
-        found = in_turns(calls, options.repeats)
-        report(f"Fréchet distance, d = {options.dim}, N = {count}", found, truth)
+        found = in_turns(calls, options)
+        report(f"Fréchet distance, d = {options.dim}, N = {count}", found, truth, options)
         alone = found["ours, from moments"][1]
         for name, spent in peers.roots.items():
             root = statistics.median(spent)
@@ -156,8 +164,9 @@ def bench_frechet(options: argparse.Namespace) -> None:
 
 
 def bench_prdc(options: argparse.Namespace) -> None:
-    count, dim = options.count, options.dim
-    real, fake = features(count, dim, 1), features(count, dim, 2, 0.95)
+    count, dim, device = options.count, options.dim, options.device
+    real = features(count, dim, 1, device=device)
+    fake = features(count, dim, 2, 0.95, device)
 
     def products() -> None:
         """The three passes' matrix products alone, in the same tiles: the floor."""
@@ -171,8 +180,8 @@ def bench_prdc(options: argparse.Namespace) -> None:
     }
     if not options.no_prdc:
         calls["prdc"] = lambda: peer_prdc(real, fake)
-    found = in_turns(calls, options.repeats)
-    report(f"precision, recall, density, coverage, {count} x {count} x {dim}", found, None)
+    found = in_turns(calls, options)
+    report(f"precision, recall, density, coverage, {count} x {count} x {dim}", found, None, options)
     if "prdc" in found:
         # prdc takes distances in float32, ours are exact: pairs within rounding may differ.
         gaps = {name: abs(getattr(found["ours"][2], name) - value)
@@ -184,7 +193,9 @@ def peer_prdc(real: Tensor, fake: Tensor) -> dict[str, float]:
     import prdc as package
 
     with contextlib.redirect_stdout(io.StringIO()):
-        found: dict[str, float] = package.compute_prdc(real.numpy(), fake.numpy(), nearest_k=5)
+        found: dict[str, float] = package.compute_prdc(
+            real.cpu().numpy(), fake.cpu().numpy(), nearest_k=5
+        )
     return found
 
 
@@ -223,11 +234,11 @@ def resident(field: str) -> int:
 
 
 def bench_moments(options: argparse.Namespace) -> None:
-    rows = features(options.memory_count, options.dim, 1)
+    rows = features(options.memory_count, options.dim, 1, device=options.device)
     batch = 256
 
     def streamed() -> Moments:
-        merged = Moments.zero(options.dim)
+        merged = Moments.zero(options.dim, rows.device)
         for start in range(0, len(rows), batch):
             merged = merged + Moments.of(rows[start : start + batch])
         return merged
@@ -235,9 +246,9 @@ def bench_moments(options: argparse.Namespace) -> None:
     calls: dict[str, Callable[[], Any]] = {
         f"streamed by {batch}": streamed,
         "in one go": lambda: Moments.of(rows),
-        "numpy.cov float64": lambda: np.cov(rows.numpy().astype(np.float64), rowvar=False),
+        "numpy.cov float64": lambda: np.cov(rows.cpu().numpy().astype(float), rowvar=False),
     }
-    report(f"moments, {len(rows)} x {options.dim}", in_turns(calls, options.repeats), None)
+    report(f"moments, {len(rows)} x {options.dim}", in_turns(calls, options), None, options)
 
 
 def bench_suite(options: argparse.Namespace) -> None:
@@ -254,25 +265,25 @@ def bench_suite(options: argparse.Namespace) -> None:
                 picture = Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC)
                 picture.save(label / f"{i:05d}.png")
         calls: dict[str, Callable[[], Any]] = {
-            "all metrics, ours": lambda: all_metrics(places),
-            "FID alone, torchmetrics": lambda: fid_alone(places),
+            "all metrics, ours": lambda: all_metrics(places, options.device),
+            "FID alone, torchmetrics": lambda: fid_alone(places, options.device),
         }
-        found = in_turns(calls, options.repeats)
+        found = in_turns(calls, options)
     title = f"2 x {options.images} PNG files of 32 px: decode, embedded network, metrics"
-    report(title, found, None)
+    report(title, found, None, options)
     print(f"  metrics: {', '.join(found['all metrics, ours'][2])}")
     for name, (_, processor, _) in found.items():
         print(f"  {name:24s} {2 * options.images / processor:8.0f} images a processor second")
 
 
-def all_metrics(places: list[Path]) -> list[str]:
+def all_metrics(places: list[Path], device: str) -> list[str]:
     metrics = ("fd", "kid", "pr", "dc", "is", "accuracy", "colour", "diversity")
-    suite = EvalSuite(metrics)
+    suite = EvalSuite(metrics, extractors=cifar_extractor(device=device))
     reading = Reading(workers=0, progress=False)
     return list(evaluate(places[1], places[0], suite=suite, reading=reading).values)
 
 
-def fid_alone(places: list[Path]) -> float:
+def fid_alone(places: list[Path], device: str) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     classifier = cifar_extractor().network
@@ -285,21 +296,23 @@ def fid_alone(places: list[Path]) -> float:
             return network(x.float() / 255)
 
     metric = FrechetInceptionDistance(feature=Features(), input_img_size=(3, 32, 32))
-    metric.set_dtype(torch.float64)
+    metric.set_dtype(torch.float64).to(device)
     for place, real in zip(places, (True, False), strict=True):
         files = sorted(place.rglob("*.png"))
         for start in range(0, len(files), 128):
             pictures = [np.array(Image.open(f).convert("RGB")) for f in files[start : start + 128]]
             batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-            metric.update(batch, real=real)
+            metric.update(batch.to(device), real=real)
     return float(metric.compute())
 
 
-def report(title: str, found: Found, truth: float | None) -> None:
+def report(title: str, found: Found, truth: float | None, options: argparse.Namespace) -> None:
     print(f"\n{title}")
-    ours = next(iter(found.values()))[1]
+    clock = 1 if options.device == "cpu" else 0
+    ours = next(iter(found.values()))[clock]
     for name, (wall, processor, value) in found.items():  # ratios are to the first row
-        line = f"  {name:24s} {wall:8.2f} s wall {processor:8.2f} s cpu {processor / ours:7.2f} x"
+        share = (wall, processor)[clock] / ours
+        line = f"  {name:24s} {wall:8.2f} s wall {processor:8.2f} s cpu {share:7.2f} x"
         if truth is not None:
             line += f"   error {abs(value - truth) / abs(truth):.1e}"
         print(line, flush=True)
@@ -317,12 +330,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2_000, help="images of the end-to-end run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="of ours and of torchmetrics")
     parser.add_argument("--no-prdc", action="store_true", help="leave out the slow peer")
     parser.add_argument("--only", nargs="+", choices=sorted(BENCHES), default=list(BENCHES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    print(f"torch {torch.__version__}, {options.threads} threads, {options.repeats} repeats")
+    where = device_name(options.device)
+    print(
+        f"{where}, torch {torch.__version__}, {options.threads} threads, {options.repeats} repeats"
+    )
     for name in options.only:
         BENCHES[name](options)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import bench_rules
 import torch
+from _probes import device_name
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from torch import Tensor
 
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--rules", action="store_true", help="every rule instead of the peer")
     args = parser.parse_args()
+    print(f"On {device_name(args.device)}, torch {torch.__version__}\n")
     if args.rules:
         torch.set_num_threads(args.threads)
         print(*bench_rules.table(args.device, args.repeats), sep="\n")

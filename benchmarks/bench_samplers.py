@@ -21,6 +21,7 @@ from typing import Any
 
 import diffusers
 import torch
+from _probes import device_name
 from torch import Tensor
 
 from diffsteer.core import Level
@@ -134,6 +135,7 @@ def main() -> None:
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     torch.set_num_threads(args.threads)
     device = args.device
+    print(f"On {device_name(device)}, torch {torch.__version__}\n")
     head = ("solver", "diffusers ms", "diffsteer ms", "share", "converted", "pass ms", "beyond it",
             "on the GPU")  # fmt: skip
     print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n")

@@ -61,7 +61,8 @@ def embedded(arguments: argparse.Namespace) -> tuple[Any, Run, list[torch.Tensor
     noise = noise.to(arguments.device)
 
     if arguments.instant:
-        outputs = {rows: torch.randn(rows, 3, 32, 32) for rows in (len(labels), 2 * len(labels))}
+        sizes, where = (len(labels), 2 * len(labels)), arguments.device
+        outputs = {rows: torch.randn(rows, 3, 32, 32, device=where) for rows in sizes}
         pipe.transformer.forward = lambda x, **_: (outputs[len(x)],)
 
     def run() -> torch.Tensor:
