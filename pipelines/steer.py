@@ -216,7 +216,10 @@ class Steering(AbstractContextManager["Steering"]):
         if seen.layout in now.verdicts:
             return now.verdicts[seen.layout]
         target = seen.part(output)
-        verdict = resolve(self.pipe, target, seen.pair, len(seen.calls), self.order, self.sign)
+        dtype = seen.calls[0].output.dtype
+        verdict = resolve(
+            self.pipe, target, seen.pair, len(seen.calls), self.order, self.sign, dtype
+        )
         now.attempts += 1
         if verdict.settled or now.attempts >= _ATTEMPTS:
             now.verdicts[seen.layout] = verdict.order, verdict.sign

@@ -68,12 +68,17 @@ class Fit:
         return "uc" if second > first else "cu"
 
 
-def fit_pair(output: Tensor, first: Tensor, second: Tensor) -> Fit:
-    """Least squares of ``output`` on two predictions, all of one shape. Waits for the device."""
+def fit_pair(
+    output: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype | None = None
+) -> Fit:
+    """Least squares of ``output`` on two predictions, all of one shape. Waits for the device.
+
+    ``dtype`` is the network's own, in which the pipeline may have mixed before it widened.
+    """
     m, f, s = _sample(output, first, second)
     d = f - s  # the basis (second, difference) stays sound where the predictions are nearly equal
     ss, dd, sd = _dots(s, s), _dots(d, d), _dots(s, d)
-    rounding = _tolerance(output, first)
+    rounding = _tolerance(output.dtype, first.dtype, dtype)
     apart = dd > (0.1 * rounding) ** 2 * ss and dd * ss - sd * sd > 1e-6 * dd * ss
     if not apart:
         weight = _dots(m, s) / ss if ss > 0 else 1.0
@@ -85,11 +90,11 @@ def fit_pair(output: Tensor, first: Tensor, second: Tensor) -> Fit:
     return Fit(weight, total - weight, _left(m - total * s - weight * d, m), rounding)
 
 
-def fit_single(output: Tensor, only: Tensor) -> Fit:
+def fit_single(output: Tensor, only: Tensor, dtype: torch.dtype | None = None) -> Fit:
     """The same for one prediction: ``output = +-only`` in a pipeline without guidance."""
     m, s = _sample(output, only)
     sign = 1.0 if _dots(m, s) >= 0 else -1.0
-    return Fit(0.0, sign, _left(m - sign * s, m), _tolerance(output, only))
+    return Fit(0.0, sign, _left(m - sign * s, m), _tolerance(output.dtype, only.dtype, dtype))
 
 
 class Verdict(NamedTuple):
@@ -101,7 +106,13 @@ class Verdict(NamedTuple):
 
 
 def resolve(
-    pipe: Any, output: Tensor, pair: list[Tensor], calls: int, order: str | None, sign: int | None
+    pipe: Any,
+    output: Tensor,
+    pair: list[Tensor],
+    calls: int,
+    order: str | None,
+    sign: int | None,
+    dtype: torch.dtype | None = None,
 ) -> Verdict:
     """Order and sign of the predictions: the user's word, or measured, or by the class name.
 
@@ -113,6 +124,7 @@ def resolve(
         order: the user's word, or None. Where the user gives order *and* sign nothing is measured:
             the rule then replaces whatever the pipeline makes of its predictions.
         sign: the user's word, or None.
+        dtype: of the network's own output, where ``pair`` is wider.
 
     Raises:
         ValueError: if the pipeline does more than linear guidance, or the user's word is wrong.
@@ -120,10 +132,10 @@ def resolve(
     if order is not None and sign is not None:
         return Verdict(order, sign, True)
     if len(pair) == 1:
-        fit = fit_single(output, pair[0])
+        fit = fit_single(output, pair[0], dtype)
     else:
         _check_options(pipe)
-        fit = fit_pair(output, *pair)
+        fit = fit_pair(output, *pair, dtype)
     if not fit.linear:
         raise ValueError(_hidden(pipe, fit, len(pair), calls))
     if sign is not None and fit.decided and fit.sign != sign:
@@ -171,8 +183,8 @@ def _hidden(pipe: Any, fit: Fit, count: int, calls: int) -> str:
     )
 
 
-def _tolerance(output: Tensor, prediction: Tensor) -> float:
-    return max(_ROUNDING.get(output.dtype, 1e-5), _ROUNDING.get(prediction.dtype, 1e-5))
+def _tolerance(*dtypes: torch.dtype | None) -> float:
+    return max(_ROUNDING.get(dtype, 1e-5) for dtype in dtypes if dtype is not None)
 
 
 def _sample(*tensors: Tensor) -> list[Tensor]:

@@ -98,6 +98,18 @@ def test_plain_guidance_is_bit_exact_in_bfloat16(name: str) -> None:
         assert torch.equal(tiny.call(**other_scale(tiny)), expected)
 
 
+# Their blocks mix in half precision, and widen what they give the scheduler; steer widens first.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["modular-wan", "modular-z-image"])
+def test_blocks_that_mix_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    tiny = build(name, dtype)
+    expected = tiny.call()
+    with steer(tiny.pipe, ClassifierFreeGuidance(SCALE)):
+        assert close(
+            tiny.call().float(), expected.float(), 5e-2 if dtype == torch.bfloat16 else 1e-2
+        )
+
+
 def test_a_record_of_every_step() -> None:
     tiny = shared("sd3")
     with steer(tiny.pipe, ClassifierFreeGuidance(SCALE)) as run:

@@ -62,11 +62,13 @@ def deterministic() -> Iterator[None]:
 def test_plain_guidance_is_bit_exact(name: str, dtype: torch.dtype) -> None:
     tiny = on_gpu(name, dtype)
     shifted = name == "z-image"
+    # Blocks that mix in half precision and widen what they give the scheduler.
+    widened = dtype != torch.float32 and name.startswith(("modular-wan", "modular-z-image"))
     with deterministic():
         expected = tiny.call()
         with steer(tiny.pipe, ClassifierFreeGuidance(SCALE + shifted)):
             steered = tiny.call(**other_scale(tiny))
-    if shifted:
+    if shifted or widened:
         assert close(steered, expected, 1e-5 if dtype == torch.float32 else 5e-2)
     else:
         assert torch.equal(steered, expected)
