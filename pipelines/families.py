@@ -11,6 +11,9 @@ from typing import Any
 # A doubled batch is [unconditional, conditional] in diffusers, except in these.
 CONDITIONAL_FIRST = ("DiTPipeline", "StableCascade", "Lumina", "ZImage")
 
+# Gives ``scheduler.step`` its doubled batch; two equal predictions do not show that by themselves.
+DOUBLING = ("DiTPipeline",)
+
 # These negate the network's output before ``scheduler.step``.
 NEGATED = ("Lumina", "ZImage", "HiDream", "LTXCondition", "SanaWM", "NucleusMoE")
 

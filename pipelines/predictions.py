@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.prediction import Kind
 from ..core.step import MissingPrediction
+from .families import DOUBLING, listed
 from .levels import LevelReading
 from .observe import Call, Recorder, half_of, network_input, normal, plain, replay, same_input
 from .spaces import as_scheduled
@@ -49,15 +50,16 @@ def layout_of(calls: list[Call], sample: Tensor, doubled: bool) -> str:
     )
 
 
-def is_doubled(calls: list[Call], output: Tensor, sample: Tensor) -> bool:
-    """Whether both halves of what the scheduler is given are equal: one doubled batch.
+def is_doubled(calls: list[Call], output: Tensor, sample: Tensor, pipe: Any) -> bool:
+    """Whether the scheduler is given one batch twice, and not a batch of equal samples.
 
     Waits for the device; asked once a trajectory.
     """
     if len(calls) != 1 or sample.shape[0] % 2 or calls[0].output.shape[0] != sample.shape[0]:
         return False
-    halves = [*sample.chunk(2), *output[:, : sample.shape[1]].chunk(2)]
-    return bool((halves[0] == halves[1]).all()) and bool((halves[2] == halves[3]).all())
+    given = [sample, output[:, : sample.shape[1]], calls[0].output]
+    x, guided, raw = (bool((a == b).all()) for a, b in (tensor.chunk(2) for tensor in given))
+    return x and guided and (not raw or listed(pipe, DOUBLING))
 
 
 def align(prediction: Tensor, sample: Tensor) -> Tensor:
@@ -177,11 +179,7 @@ class Predictions:
         """
         call = self.calls[0]
         scaled = self.scale(self.x)
-        if (
-            scaled is self.x
-            or not isinstance(call.sample, Tensor)
-            or bool((scaled == self.x).all())
-        ):
+        if scaled is self.x or not isinstance(call.sample, Tensor) or bool((scaled == self.x).all()):
             return
         rows = call.sample[: self.x.shape[0]].to(self.x.dtype)
         if rows.shape == self.x.shape and bool((rows == self.x).all()):

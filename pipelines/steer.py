@@ -183,7 +183,7 @@ class Steering(AbstractContextManager["Steering"]):
         """Read the recorded calls; verify what the pipeline did with them where that is new."""
         now, calls = self._now, self._recorder.take()
         if now.doubled is None:
-            now.doubled = is_doubled(calls, output, sample)
+            now.doubled = is_doubled(calls, output, sample, self.pipe)
         layout = layout_of(calls, sample, now.doubled)
         if self.negative is not None and layout != SINGLE:
             raise ValueError(

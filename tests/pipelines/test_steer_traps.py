@@ -303,6 +303,23 @@ def test_an_unconditional_batch_of_dit_is_not_taken_for_a_doubled_one() -> None:
         torch.testing.assert_close(tiny.call(guidance_scale=1.0), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_nor_is_a_batch_of_twins_anywhere_else() -> None:
+    """Equal noise, equal prompts, guidance off: there is no unconditional half to be found."""
+    tiny = build("sd")
+    twins = {"prompt": ["a fox"] * 2, "negative_prompt": None, "guidance_scale": 1.0}
+    twins |= {"generator": None, "latents": torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)}
+    with pytest.raises(ValueError, match="needs the unconditional"), steer(tiny.pipe, CFG):
+        tiny.call(**twins)
+
+
+def test_the_null_class_of_dit_is_still_a_doubled_batch() -> None:
+    tiny = build("dit")
+    null = tiny.pipe.transformer.config.num_embeds_ada_norm
+    with steer(tiny.pipe, AdaptiveProjectedGuidance(SCALE)) as run:
+        assert torch.isfinite(tiny.call(class_labels=[null, null])).all()
+    assert all(step.guided for step in run.steps)
+
+
 @pytest.mark.parametrize(
     "rule",
     [AdaptiveProjectedGuidance(4.0), ManifoldProjectedGuidance(ClassifierFreeGuidance(4.0))],
