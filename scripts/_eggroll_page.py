@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _page import rewrite
 
 from diffsteer.eval.half_samples import Estimate
 from diffsteer.pipelines import files
 
-BEGIN = "<!-- from here on written by scripts/reproduce_eggroll.py -->"
-END = "<!-- up to here -->"
 COLUMNS = {  # score: (heading, factor, digits)
     "fd": ("fd-cifar ↓", 1, 1), "accuracy": ("accuracy %", 100, 1),
     "diversity": ("diversity", 1, 3), "saturation": ("saturation", 1, 3),
@@ -34,9 +33,7 @@ def write(out: Path, found: Results, theory: str, *, page: Path | None, plots: P
         if picture is not None:
             files.write_bytes(folder / "eggroll_curves.png", picture)
     if page is not None:
-        before, _, rest = page.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        files.write_bytes(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
+        rewrite(page, "reproduce_eggroll.py", text + "\n")
 
 
 def table(found: Results, reward: str) -> str:

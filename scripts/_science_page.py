@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import _science_claims as claims
 
 from diffsteer.eval.half_samples import Estimate
-from diffsteer.pipelines import PointResult, files
+from diffsteer.pipelines import PointResult
 
-BEGIN = "<!-- from here on written by scripts/reproduce_guidance.py -->"
-END = "<!-- up to here -->"
 COLUMNS = {
     "fd": ("fd ↓", 1, 1), "accuracy": ("accuracy ↑ %", 100, 1), "precision": ("precision ↑", 1, 3),
     "recall": ("recall ↑", 1, 3), "diversity": ("diversity ↑", 1, 3),
@@ -74,21 +71,6 @@ def results(study: Study) -> str:
         if part in study.parts:
             lines += [f"## {title}", *write(study)]
     return "\n\n".join(lines) + "\n"
-
-
-def rewrite(page: Path, text: str) -> None:
-    """Put ``text`` between the marks of the page; the rest of it stays.
-
-    Raises:
-        ValueError: if the page has no such marks.
-        OSError: if it cannot be read or written.
-    """
-    before = page.read_text(encoding="utf-8")
-    if before.count(BEGIN) != 1 or before.count(END) != 1:
-        raise ValueError(f"--page {page} must hold one line {BEGIN!r} and one line {END!r}")
-    head, _, rest = before.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    files.write_bytes(page, f"{head}{BEGIN}\n\n{text}\n{END}{tail}".encode())
 
 
 def table(study: Study, names: Sequence[str], titles: dict[str, str] | None = None) -> str:

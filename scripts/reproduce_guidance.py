@@ -19,6 +19,7 @@ import _cli
 import _science_page
 import _science_plots
 import torch
+from _page import rewrite
 from _science_coarse import CoarseDistance
 from _science_points import PARTS, Tools, cfg_points, one_view, points_of
 from _science_trace import gaps, honesty, pushes
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files.write_bytes(args.out / "results.md", text.encode())
     files.write_bytes(args.out / "results.json", json.dumps(study.numbers(), indent=1).encode())
     if args.page:
-        _science_page.rewrite(args.page, text)
+        rewrite(args.page, "reproduce_guidance.py", text)
     print(text)
     print(f"{args.out / 'results.md'}, {', '.join(str(plot) for plot in plots)}")
 

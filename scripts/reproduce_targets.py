@@ -19,6 +19,7 @@ from pathlib import Path
 
 import _cli
 import torch
+from _page import rewrite
 from _targets_images import Study, kdiff_part, pfgmpp_part
 from _targets_points import Points
 from _targets_toy import atoms_part, learned_part, linear_part
@@ -27,8 +28,6 @@ from diffsteer.eval import cifar_extractor
 from diffsteer.pipelines import files
 from diffsteer.training import TrainConfig
 
-BEGIN = "<!-- from here on written by scripts/reproduce_targets.py -->"
-END = "<!-- up to here -->"
 PICTURES = {
     "a": ("learned",), "b": ("curves", "samples"), "c": ("robustness", "samples"), "d": ()
 }  # fmt: skip
@@ -128,9 +127,7 @@ def publish(out: Path, page: Path | None, plots: Path | None) -> None:
         out / "report.md", "\n".join(["# Targets: measured\n", made, *parts]).encode()
     )
     if page is not None:
-        before, _, rest = page.read_text().partition(BEGIN)
-        after, text = rest.partition(END)[2], "\n".join(parts)
-        files.write_bytes(page, f"{before}{BEGIN}\n\n{text}\n{END}{after}".encode())
+        rewrite(page, "reproduce_targets.py", "\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -88,15 +88,17 @@ def test_scores_at_equal_push_lie_between_those_of_the_neighbours():
 
 
 def test_a_page_is_rewritten_between_its_marks_only(tmp_path):
-    file = tmp_path / "page.md"
-    file.write_text(f"# Title\n\n{page.BEGIN}\nold\n{page.END}\n\nend\n")
-    page.rewrite(file, "new\n")
-    page.rewrite(file, "newer\n")
-    assert file.read_text() == f"# Title\n\n{page.BEGIN}\n\nnewer\n\n{page.END}\n\nend\n"
-    file.write_text("# Title\n")
-    with pytest.raises(ValueError, match="must hold one line"):
-        page.rewrite(file, "new")
-    assert file.read_text() == "# Title\n"
+    pages, file = scripts_main.load("_page"), tmp_path / "page.md"
+    begin, end = pages.begin("study.py"), pages.END
+    file.write_text(f"# Title\n\n{begin}\nold\n{end}\n\nend\n")
+    for text in ("new\n", "newer\n"):
+        pages.rewrite(file, "study.py", text)
+    assert file.read_text() == f"# Title\n\n{begin}\n\nnewer\n\n{end}\n\nend\n"
+    for broken in ("# Title\n", f"{begin}\nold\n", f"{end}\n{begin}\n", f"{begin}\n" * 2 + end):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match="must hold one line"):
+            pages.rewrite(file, "study.py", "new")
+        assert file.read_text() == broken
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):
