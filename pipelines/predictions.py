@@ -179,7 +179,8 @@ class Predictions:
         """
         call = self.calls[0]
         scaled = self.scale(self.x)
-        if scaled is self.x or not isinstance(call.sample, Tensor) or bool((scaled == self.x).all()):
+        unscaled = scaled is self.x or bool((scaled == self.x).all())
+        if unscaled or not isinstance(call.sample, Tensor):
             return
         rows = call.sample[: self.x.shape[0]].to(self.x.dtype)
         if rows.shape == self.x.shape and bool((rows == self.x).all()):

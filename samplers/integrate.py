@@ -67,7 +67,7 @@ def integrate(
             nothing.
         sigmas: strictly decreasing, at least two values; see ``grids``.
         step: ``euler_step``, ``heun_step``, ``dpmpp_2m_step``, ``AncestralStep(...)``,
-            ``ChurnStep(...)``.
+            ``ChurnStep(...)``, ``StudentChurnStep(...)``.
         trajectory: return the sample at every sigma instead of the last one alone.
         progress: show a bar, if the standard error is a terminal.
 
