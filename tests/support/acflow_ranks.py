@@ -25,7 +25,7 @@ from tiny_pipelines import build
 
 from diffsteer.training.acflow import ACFlowConfig, ACFlowTrainer, GRPOConfig, GRPOTrainer
 from diffsteer.training.acflow.accelerators import make_accelerator
-from diffsteer.training.acflow.sharding import whole
+from diffsteer.training.acflow.sharding import is_sharded, whole
 from diffsteer.training.prompts import Prompt, class_prompts
 from diffsteer.training.rewards import Brightness, RewardSet
 
@@ -110,7 +110,7 @@ def accelerator_of(job: Job) -> Any:
         plugin.select(_from_accelerator_state=True)
     names = {"ddp": "MULTI_CPU", "fsdp": "FSDP", "zero": "DEEPSPEED"}
     assert accelerator.distributed_type == names[job.launch]
-    assert accelerator.is_fsdp2 == (job.launch == "fsdp") and accelerator.device.type == "cpu"
+    assert is_sharded(accelerator) == (job.launch == "fsdp") and accelerator.device.type == "cpu"
     return accelerator
 
 
@@ -122,7 +122,7 @@ def state_of(run: ACFlowTrainer) -> dict[str, Any]:
 def check_cut(run: ACFlowTrainer) -> None:
     """Every parameter, average and moment rests as a shard of its own."""
     learner = run.learner
-    assert run.accelerator.is_fsdp2
+    assert is_sharded(run.accelerator)
     tensors = [p for module in learner.policy.modules for p in module.parameters()]
     tensors += learner.ema.state_dict().values()
     tensors += [v for s in learner.optimizer.state.values() for v in s.values() if v.ndim]
