@@ -99,15 +99,15 @@ def test_the_total_leaves_out_what_does_not_apply_but_not_what_failed(images: Te
     rewards = RewardSet(
         {
             "all": (lambda x: torch.tensor([1.0, 2.0, 3.0, 4.0]), 2.0),
-            "some": (lambda x: [10.0, None, NAN, float("inf")], 0.5),
+            "some": (lambda x: [10.0, None, NAN, float("inf")], -0.5),
         }
     )
     scores = rewards.score(images, WORDS, NOTES)
-    torch.testing.assert_close(scores.total, torch.tensor([7.0, 4.0, NAN, NAN]), equal_nan=True)
+    torch.testing.assert_close(scores.total, torch.tensor([-3.0, 4.0, NAN, NAN]), equal_nan=True)
     assert scores.failures == {"all": 0, "some": 2}
     summary = scores.summary()
     assert summary["reward/all"] == 2.5 and summary["reward/some_failed"] == 2
-    assert summary["reward/some"] == 10 and summary["reward/total"] == 5.5
+    assert summary["reward/some"] == 10 and summary["reward/total"] == 0.5
     both = RewardScores.cat([scores, scores])
     assert len(both) == 8 and both.failures == {"all": 0, "some": 4}
 
