@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+MAKE_BELIEVE = bool(os.environ.get("DIFFSTEER_FAKE_CUDA"))
+
 # The same examples in every run: a suite that is green stays green until the code changes.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
@@ -26,13 +28,24 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` where CUDA is missing."""
-    if torch.cuda.is_available():
+    """Skip what is marked ``gpu`` where CUDA is missing, unless it is to be made believe."""
+    if torch.cuda.is_available() or MAKE_BELIEVE:
         return
     skip = pytest.mark.skip(reason="needs CUDA")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """``DIFFSTEER_FAKE_CUDA=1 pytest -m gpu``: on a device that is none, see ``fake_cuda``."""
+    if not MAKE_BELIEVE or "gpu" not in item.keywords or torch.cuda.is_available():
+        return (yield)
+    from fake_cuda import FakeCuda
+
+    with FakeCuda(waits=True, doubles=True):
+        return (yield)
 
 
 @pytest.fixture

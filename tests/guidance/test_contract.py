@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from torch import Tensor
 
 import diffsteer.guidance as guidance
@@ -333,6 +334,37 @@ def test_nothing_waits_for_the_device(name: str) -> None:
         memory["seen", id(rule)] = True
     for step in range(len(SIGMAS)):
         assert rule(on_no_device(step, memory)).device.type == "meta"
+
+
+class Strictly:
+    """A rule, after whose first step nothing may wait for the device."""
+
+    def __init__(self, rule: Guidance, gpu: FakeCuda) -> None:
+        self.rule, self.gpu = rule, gpu
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.rule, name)
+
+    def __call__(self, step: Step) -> Tensor:
+        guided = self.rule(step)
+        self.gpu.waits = False
+        return guided
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_bits_of_the_cpu_on_a_device_that_never_waits(
+    name: str, dtype: torch.dtype, world: World
+) -> None:
+    m, noisy = world.mixture, world.noisy.to(dtype)
+    mixture = GaussianMixture(
+        m.means.float(), m.std.float(), m.weights.float(), m.classes, shape=m.shape
+    )
+    expected = run(EXAMPLES[name][0], World(mixture.to("cpu"), world.labels, noisy))
+    with FakeCuda(waits=True) as gpu:
+        there = World(mixture.to("cuda"), gpu.put(world.labels), gpu.put(noisy))
+        guided = run(Strictly(EXAMPLES[name][0], gpu), there)
+        assert torch.equal(gpu.fetch(guided), expected)
 
 
 @ALL

@@ -102,6 +102,7 @@ def test_every_scheduler(config: Config) -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs streams of a real device")
 @pytest.mark.parametrize("how", ["model", "sequential", "group"])
 def test_offloading(how: str) -> None:
     tiny = on_gpu("sd3", move=False)
