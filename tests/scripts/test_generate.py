@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from diffsteer.guidance import (
     GuidanceInterval,
     ManifoldProjectedGuidance,
 )
-from diffsteer.pipelines import files
+from diffsteer.pipelines import files, generate_images, plan_images
 
 cli = scripts_main.load("_cli")
 
@@ -168,6 +169,15 @@ def test_a_model_that_changed_in_its_folder_is_noticed(generate, tmp_path):
     tiny_pipeline("velocity").save_pretrained(tmp_path / "mine")
     code, message = generate("--num", 1, model=tmp_path / "mine")
     assert code == 2 and "model_digest was" in message
+
+
+def test_a_rank_makes_its_share_and_no_more(tmp_path):
+    pipe = tiny_pipeline("denoised")
+    requests = plan_images(range(5), pipe=pipe)
+    state = SimpleNamespace(process_index=1, num_processes=2, wait_for_everyone=lambda: None)
+    generate_images(pipe, requests, tmp_path, steps=1, batch_size=1, state=state)
+    found = {path.name for path in (tmp_path / "images").iterdir()}
+    assert found == {Path(request.file).name for request in requests[1::2]}
 
 
 def test_overwrite_removes_the_run_and_nothing_else(generate, tmp_path):
