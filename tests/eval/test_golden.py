@@ -10,7 +10,7 @@ import golden_features
 import pytest
 import torch
 
-from diffsteer.eval.adm_float16 import prdc_adm_float16
+from diffsteer.eval.adm_float16 import adm_squared_distances, prdc_adm_float16
 from diffsteer.eval.cmmd import cmmd
 from diffsteer.eval.frechet import frechet_distance_from_features, frechet_distance_of_moments
 from diffsteer.eval.inception_score import inception_score
@@ -228,3 +228,10 @@ def test_realism_and_authenticity(features):
     assert scores[:5].tolist() == pytest.approx(golden["first5"], rel=1e-5)
     percent = 100 * float(authentic(real, fake).double().mean())
     assert percent == pytest.approx(GOLDEN["authpct_base"], abs=1e-9)
+
+
+def test_adms_distances_fall_back_where_float16_overflows():
+    u, v = torch.full((3, 10), 200.0), torch.zeros(2, 10)
+    assert adm_squared_distances(u, v).tolist() == [[4e5, 4e5]] * 3
+    near = adm_squared_distances(torch.tensor([[1.0, 0.001]]), torch.tensor([[0.0, 0.0]]))
+    assert float(near) == 1.0  # where it fits it is rounded to float16

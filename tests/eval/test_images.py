@@ -244,6 +244,9 @@ def test_labels_from_run_json_folders_and_csv(make_folder, tmp_path):
     assert find_labels(open_images(by_class), class_names=("cat", "dog")).tolist() == [0, 1]
     assert find_labels(open_images(by_class)) is None  # names of unknown classes: not guessed
     assert find_labels(open_images(by_class), "from-dirs").tolist() == [0, 1]
+    table.write_text("x/1.png,0\ny/1.png,1\n")  # which of the two is meant is not guessed
+    with pytest.raises(ValueError, match=r"no label for .*1\.png"):
+        find_labels(open_images(by_class), str(table))
     (by_class / "cat" / "1.png").unlink()
     alone = open_images(by_class)  # samples of one known class have labels like any others
     assert find_labels(alone, class_names=("cat", "dog")).tolist() == [1]
