@@ -188,9 +188,15 @@ def default_device() -> str:
 
 
 def dtype_for(name: str, device: torch.device | str) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 on an accelerator and float32 on the CPU."""
+    """The dtype of that name; "auto" is float32 on the CPU, bfloat16 on an accelerator that has it.
+
+    CUDA cards before Ampere emulate bfloat16, slowly: there it is float16.
+    """
     if name == "auto":
-        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        kind = torch.device(device).type
+        if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.float16
+        return torch.float32 if kind == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 

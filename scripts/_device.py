@@ -20,7 +20,7 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--dtype``, which ``_cli.dtype_for`` reads."""
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: bfloat16, but float32 on the CPU",
+        help="auto: bfloat16 (float16 on CUDA cards without it), but float32 on the CPU",
     )  # fmt: skip
 
 

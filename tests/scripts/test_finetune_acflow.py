@@ -191,4 +191,6 @@ def test_each_rank_of_a_launch_has_a_device_of_its_own(monkeypatch):
     assert cli.default_device() == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert cli.default_device() == "cuda:3"
-    assert cli.dtype_for("auto", cli.default_device()) == torch.bfloat16
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **_: native)
+        assert cli.dtype_for("auto", cli.default_device()) == dtype
