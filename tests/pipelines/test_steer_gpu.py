@@ -137,7 +137,8 @@ class Asks:
     """One more evaluation at another sample, and a gradient."""
 
     def __call__(self, step: Step) -> Tensor:
-        assert torch.equal(step.predict(None, "cond"), step.cond)
+        # By itself a branch may be another kernel's, and convolutions round to TF32.
+        assert close(step.predict(None, "cond"), step.cond, 1e-2)
         with torch.enable_grad():
             x = step.x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(step.predict(x, "cond").square().sum(), x)
