@@ -62,7 +62,7 @@ class ACFlowTrainer:
         ValueError: settings and number of ranks do not fit, the pipeline is not of flow matching,
             or the LoRA targets match nothing.
         NotImplementedError: the pipeline calls its denoiser in a way that cannot be repeated, or
-            the launch shards weights.
+            the launch cuts weights in a way that is not supported.
         CheckpointError: ``out`` holds another run, or a damaged checkpoint.
     """
 
