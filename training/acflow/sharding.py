@@ -48,12 +48,12 @@ def prepare(accelerator: Any, modules: Sequence[nn.Module]) -> Callable[..., Any
     accelerator.prepare(trained, torch.optim.SGD(parameters))
     for module in frozen:
         fsdp2_prepare_model(accelerator, module)
-    units = [_rest_as_shards(module) for module in modules]
-    if units[0] == 1 and accelerator.is_main_process:
+    at_once, *_ = [_rest_as_shards(module) for module in modules]
+    if at_once > 0.9 and accelerator.is_main_process:
         warnings.warn(
-            f"FSDP gathers all of {name} at once, so a pass needs room for all its weights; to "
-            "gather block by block set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and "
-            "fsdp_transformer_layer_cls_to_wrap: the class of a block",
+            f"FSDP gathers {at_once:.0%} of {name} at once, so a pass needs room for all its "
+            "weights; to gather block by block set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP "
+            "and fsdp_transformer_layer_cls_to_wrap: the class of a block",
             stacklevel=2,
         )
     return trained
@@ -109,8 +109,8 @@ def _cut(value: Any, like: Any) -> Any:
     return cut.clone()  # the cut may be a view, which would keep the whole
 
 
-def _rest_as_shards(module: nn.Module) -> int:
-    """Let nothing of ``module`` stay whole after a pass; how many parts are gathered by turns.
+def _rest_as_shards(module: nn.Module) -> float:
+    """Let nothing of ``module`` stay whole after a pass; the share of it that no block gathers.
 
     FSDP2 keeps the outermost part for a backward pass, which after sampling never comes.
     """
@@ -121,4 +121,7 @@ def _rest_as_shards(module: nn.Module) -> int:
             unit.reshard()
 
     module.register_forward_hook(rest)
-    return len(units)
+    blocks = {p for unit in units if unit is not module for p in unit.parameters()}
+    everything = list(module.parameters())
+    left = sum(p.numel() for p in everything if p not in blocks)
+    return left / sum(p.numel() for p in everything)
