@@ -155,7 +155,7 @@ def test_nothing_is_saved_of_a_run_that_is_not_there(name, tmp_path, capsys):
 
 MISTAKES = {
     "reproduce_eggroll": (("--only", "nope"), "--only nope is no task"),
-    "reproduce_acflow": (("--samples", 0), "--samples must be at least 1"),
+    "reproduce_acflow": (("--samples", 0), "--samples, --steps and --per-class must be at least 1"),
 }
 
 

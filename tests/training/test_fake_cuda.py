@@ -137,9 +137,9 @@ def test_evolution_waits_at_the_end_of_a_step_alone(settings) -> None:
         with gpu.allow(doubles=True):
             gpu.events.clear()
             es.tell(torch.tensor([1.0, 2.0, -1.0, 0.5]))
-            reads = len(gpu.events)
+            reads = [event for event in gpu.events if "float64" not in event.what]
         torch.testing.assert_close(gpu.fetch(generation(es, *inputs)), expected[1])
         if not settings.get("offload"):  # reads of norms, in a row after the last layer
-            assert reads <= len(es.layers) + 2, gpu.events
+            assert len(reads) <= len(es.layers) + 2, reads
         with gpu.allow():
             assert es.weights_hash() == cpu.weights_hash()

@@ -126,7 +126,8 @@ class Evaluation:
             known = everyone[~everyone.isnan()]
             if len(known):
                 found[f"{name}/{key}"] = float(known.mean())
-                found[f"{name}/{key}_se"] = float(known.std(correction=0)) / len(known) ** 0.5
+            if len(known) > 1:
+                found[f"{name}/{key}_se"] = float(known.std()) / len(known) ** 0.5
         return found
 
 
