@@ -135,7 +135,8 @@ def resolve(
         fit = fit_single(output, pair[0], dtype)
     else:
         _check_options(pipe)
-        fit = fit_pair(output, *pair, dtype)
+        first, second = pair
+        fit = fit_pair(output, first, second, dtype)
     if not fit.linear:
         raise ValueError(_hidden(pipe, fit, len(pair), calls))
     if sign is not None and fit.decided and fit.sign != sign:
