@@ -140,7 +140,7 @@ def sd_ip_adapter(dtype: torch.dtype) -> Tiny:
         for kind in ("k", "v"):
             shape = (layer.to_k.weight.shape[0], cross)
             weights["ip_adapter"][f"{2 * index + 1}.to_{kind}_ip.weight"] = random(index, *shape)
-    pipe.unet._load_ip_adapter_weights([weights])
+    pipe.unet._load_ip_adapter_weights([weights], low_cpu_mem_usage=False)
     pipe = finish(pipe, dtype)
     embeds = torch.stack([torch.zeros(2, width), random(9, 2, width)]).flatten(0, 1)[:, None]
     return Tiny(
