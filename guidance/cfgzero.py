@@ -88,11 +88,7 @@ class ClassifierFreeZeroStarGuidance:
         """Check the numbers."""
         check_scale(self.scale)
         remedy = "it counts steps, 0 is off and 1 is usual"
-        check_number("zero_init_steps", self.zero_init_steps, low=0, remedy=remedy)
-        if self.zero_init_steps != int(self.zero_init_steps):
-            raise ValueError(
-                f"zero_init_steps must be a whole number, got {self.zero_init_steps}; {remedy}"
-            )
+        check_number("zero_init_steps", self.zero_init_steps, low=0, whole=True, remedy=remedy)
 
     @property
     def needs_uncond(self) -> bool:

@@ -128,9 +128,7 @@ class FrequencyDecoupledGuidance:
         check_scale(self.scale_high, "scale_high")
         check_scale(self.scale_low, "scale_low")
         remedy = "it counts halvings of the latent, 1 is usual"
-        check_number("halvings", self.halvings, low=1, remedy=remedy)
-        if self.halvings != int(self.halvings):
-            raise ValueError(f"halvings must be a whole number, got {self.halvings}; {remedy}")
+        check_number("halvings", self.halvings, low=1, whole=True, remedy=remedy)
 
     @property
     def needs_uncond(self) -> bool:
