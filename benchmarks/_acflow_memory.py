@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from _probes import PeakMemory
 from torch import Tensor, nn
 
 from diffsteer.training.acflow.learner import Learner
@@ -26,20 +23,6 @@ def held(*things: Any) -> int:
             tensors = list((thing or {}).values())
         total += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
     return total
-
-
-def peak(run: Callable[[], Any], known: list[Tensor], options: argparse.Namespace) -> int:
-    """The most bytes that ``run`` adds to what is held."""
-    if options.device.startswith("cuda"):
-        run()  # libraries take their workspaces
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with PeakMemory() as probe:
-        probe.ignore(*known)
-        run()
-    return probe.peak
 
 
 def alive() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,20 @@ def clocked(run: Callable[[], Any], options: argparse.Namespace) -> float:
     run()
     synchronize(options)
     return clock() - start
+
+
+def peak_bytes(run: Callable[[], Any], known: Sequence[Tensor], options: argparse.Namespace) -> int:
+    """The most bytes that ``run`` adds to what is held; ``known`` is held already."""
+    if options.device.startswith("cuda"):
+        run()  # libraries take their workspaces
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with PeakMemory() as probe:
+        probe.ignore(*known)
+        run()
+    return probe.peak
 
 
 def device_name(device: str) -> str:

@@ -25,8 +25,8 @@ from typing import Any
 
 import _real_size
 import torch
-from _acflow_memory import held, peak, primed, report_held
-from _probes import HostReads, clocked, device_name
+from _acflow_memory import held, primed, report_held
+from _probes import HostReads, clocked, device_name, peak_bytes
 from torch import Tensor, nn
 
 from diffsteer import load_embedded
@@ -219,13 +219,13 @@ def memory(options: argparse.Namespace) -> None:
             learner.update(data, targets, epoch=0, inner=0, number=0, rate=1e-6)
 
     known = [*policy.module.parameters(), data.clean]
-    first = held(policy.module) + peak(plain_update, known, options) + held(plain)
+    first = held(policy.module) + peak_bytes(plain_update, known, options) + held(plain)
     own = [primed(learner.optimizer), learner.average()]
     critic = learner.critic
     if critic is not None:
         own += [critic.network, primed(critic.optimizer)]
         known += list(critic.network.parameters())
-    added = peak(update, known, options)
+    added = peak_bytes(update, known, options)
     second = held(policy.module) + added + held(*own)
     print(f"LoRA of rank {options.rank}, {options.samples} samples x 2 levels an update; with the "
           "base weights, adapters, optimizers, averages\n")  # fmt: skip

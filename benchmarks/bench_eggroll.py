@@ -25,12 +25,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from _eggroll_variants import SIGMA, Variants, call, embedded, part, sd3, variants_of
-from _probes import PeakMemory, clocked
+from _probes import clocked, peak_bytes
 from torch import Tensor, nn
 
 from diffsteer.training.eggroll import Eggroll
@@ -79,20 +78,6 @@ def report_throughput(times: dict[str, list[float]], v: Variants) -> None:
     print()
 
 
-def peak(run: Callable[[], Any], options: argparse.Namespace, known: Sequence[Tensor]) -> int:
-    """The most bytes held at once, without what was there before."""
-    if options.device.startswith("cuda"):
-        run()  # libraries take their workspaces
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with PeakMemory() as probe:
-        probe.ignore(*known)
-        run()
-    return probe.peak
-
-
 def memory_and_update(v: Variants, options: argparse.Namespace, generation: float) -> None:
     population = max(options.populations)
     report_memory(v, options)
@@ -129,7 +114,7 @@ def report_memory(v: Variants, options: argparse.Namespace) -> None:
     """What the device holds: weights, and the most that a pass or a whole generation adds."""
     model, held = v.case.model, bytes_of(v.case.model.parameters())
     known = [*model.parameters(), *v.arguments.values()]
-    first = held + peak(lambda: call(model, v.arguments), options, known)
+    first = held + peak_bytes(lambda: call(model, v.arguments), known, options)
 
     def forward() -> None:
         with v.noisy(list(range(v.members)), 1, v.rows):
@@ -140,11 +125,11 @@ def report_memory(v: Variants, options: argparse.Namespace) -> None:
         return rows.float().view(count, -1).mean(1)
 
     sizes = {"weights and a plain pass": first}
-    sizes["weights and a pass with noise"] = held + peak(forward, options, known)
+    sizes["weights and a pass with noise"] = held + peak_bytes(forward, known, options)
     for population in options.populations:
         es = evolution(v, population)
         state = [*es.offsets.parameters.values(), *es.offsets.base.values()]
-        whole = peak(lambda es=es: es.step(fitness), options, [*known, *state])
+        whole = peak_bytes(lambda es=es: es.step(fitness), [*known, *state], options)
         sizes[f"a generation of {population}, update included"] = held + whole
     print(f"| memory, batches of {v.members} x {v.rows} rows | MB | ratio |")
     print("|---|---|---|")

@@ -11,6 +11,7 @@ from torch import nn
 
 from .config import ACFlowConfig
 from .policy import weights_digest
+from .sharding import launch_kind
 from .zero import check_zero
 
 __all__ = ["check_distribution", "check_same_weights", "make_accelerator"]
@@ -44,7 +45,7 @@ def check_distribution(accelerator: Any) -> None:
     Raises:
         NotImplementedError: with what to use instead.
     """
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    kind = launch_kind(accelerator)
     if kind in OTHERS:
         raise NotImplementedError(
             f"accelerate was launched with {kind}, whose shards cannot be sampled from here; use "

@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["is_sharded", "load_optimizer", "placed", "prepare", "whole"]
+__all__ = ["is_sharded", "launch_kind", "load_optimizer", "placed", "prepare", "whole"]
 
 T = TypeVar("T")
+
+
+def launch_kind(accelerator: Any) -> str:
+    """What accelerate was launched with: "NO", "MULTI_GPU", "FSDP", "DEEPSPEED" ..."""
+    return str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
 
 
 def is_sharded(accelerator: Any) -> bool:

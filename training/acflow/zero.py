@@ -12,6 +12,7 @@ from torch import Tensor
 from .config import ACFlowConfig
 from .optimise import adam
 from .policy import Policy
+from .sharding import launch_kind
 from .stepper import Stepper
 
 __all__ = ["ZeroStepper", "check_zero", "make_stepper"]
@@ -21,8 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def make_stepper(config: ACFlowConfig, policy: Policy, accelerator: Any) -> Stepper:
     """The stepper for the launch: DeepSpeed's or the ordinary one."""
-    kind = accelerator.distributed_type
-    zero = str(getattr(kind, "value", kind)) == "DEEPSPEED"
+    zero = launch_kind(accelerator) == "DEEPSPEED"
     return (ZeroStepper if zero else Stepper)(config, policy, accelerator)
 
 
