@@ -196,9 +196,7 @@ def weights_hash(tensors: Iterable[Tensor]) -> int:
         mixed = mixed ^ (mixed >> 29)
         sums.append(mixed.sum())
     total = 0
-    for number, found in enumerate(
-        sums, 1
-    ):  # read when all is under way: the device is awaited once
+    for number, found in enumerate(sums, 1):  # read when all is under way: one wait
         total = (total * 0x100000001B3 + int(found) * (2 * number + 1)) % 2**64
     return total
 
