@@ -12,11 +12,11 @@ from typing import Any
 from _acflow_figures import draw, draw_pictures, draw_trade
 from _acflow_pairs import difference, half_width, shown
 from _acflow_runs import LAST, NAMES, Run, mean_of
+from _page import END, begin, rewrite
 
 from diffsteer.pipelines import files
 
-BEGIN = "<!-- from here on written by scripts/reproduce_acflow.py -->"
-END = "<!-- up to here -->"
+SCRIPT = "reproduce_acflow.py"
 COLUMNS = {
     "reward": 4, "held-out class p": 3, "fd-cifar ↓": 1, "diversity ↑": 3, "W2 proxy": 4,
     "effective share": 2, "evaluations": 0, "minutes": 1,
@@ -58,7 +58,7 @@ def write(
 ) -> None:
     """Put the tables between the markers of the page; the text around them stays."""
     picture = path.parent.parent / "images" / "acflow_curves.png"
-    body = [BEGIN, "", str(what), ""]
+    body = [str(what), ""]
     for reward in dict.fromkeys(run.reward for run in runs):
         chosen = [run for run in runs if run.reward == reward]
         body += [f"### Reward: {reward}", "", *_table(chosen), "", *_differences(chosen), ""]
@@ -76,9 +76,9 @@ def write(
         body += [f"![Rewards over denoiser evaluations](../images/{picture.name})", ""]
     if toys:
         body += [*_toy(toys), ""]
-    text = path.read_text() if path.exists() else f"# AC-Flow, measured\n\n{BEGIN}\n{END}\n"
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    files.write_bytes(path, (before + "\n".join(body) + END + after).encode())
+    if not path.exists():
+        files.write_bytes(path, f"# AC-Flow, measured\n\n{begin(SCRIPT)}\n{END}\n".encode())
+    rewrite(path, SCRIPT, "\n".join(body).rstrip("\n"))
 
 
 def _table(runs: Sequence[Run]) -> list[str]:

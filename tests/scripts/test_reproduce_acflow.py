@@ -45,7 +45,8 @@ def test_runs_come_seed_by_seed_and_brightness_for_some_methods_only(study):
 def test_a_small_study_is_judged_written_and_not_made_again(study, tmp_path):
     page = tmp_path / "docs" / "science" / "acflow.md"
     page.parent.mkdir(parents=True)
-    page.write_text(f"# Kept\n\n{study.page.BEGIN}\nold\n{study.page.END}\n\nkept too\n")
+    mark = study.page.begin("reproduce_acflow.py")
+    page.write_text(f"# Kept\n\n{mark}\nold\n{study.page.END}\n\nkept too\n")
     options = ["--out", tmp_path / "runs", "--budget", 90, "--samples", 4, "--toy-seeds", 0, *SIZE]
     options += ["--rewards", "jpeg", "--seeds", 0, "--page", page, "--methods", *METHODS]
     assert scripts_main.run("reproduce_acflow", *options) == 0
