@@ -58,12 +58,7 @@ GRPO_STEPS = 10  # of its authors; fewer leave too much of the noise of its samp
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]   (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _cli.new_parser(__doc__, "[options]")
     kinds = list(judging.REWARDS)
     options: dict[str, tuple[Any, dict[str, Any]]] = {
         "--out": (Path("runs/acflow"), {"type": Path, "help": "folder of the runs"}),
@@ -85,8 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--page", type=Path, default=PAGE, help=where)
     add("--no-page", action="store_true", help="write no page")
     add("--page-only", action="store_true", help="write it from what is finished, run nothing")
-    add("--device", type=_cli.device_name, help="default: the accelerator if there is one")
-    add("--traceback", action="store_true", help="show where an error comes from")
+    _cli.add_device_option(parser)
     return parser
 
 
