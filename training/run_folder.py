@@ -31,16 +31,21 @@ CONFIG, DATA, HISTORY = "config.json", "data.json", "history.jsonl"
 CURVE, SCORES = "loss.jsonl", "scores.jsonl"
 
 
-def check_free(out: Path) -> None:
+def check_free(out: Path, *, begun: str = "") -> None:
     """Refuse a folder in which no run was begun and somebody else's files lie.
 
     Folders in it are no obstacle: trackers make theirs before the run begins.
+
+    Args:
+        out: the folder.
+        begun: the file that every run begins with. Where it is there by now, another rank has begun
+            the run since the caller looked for it.
 
     Raises:
         CheckpointError: with the name of such a file.
     """
     files = sorted(p.name for p in out.glob("*") if p.is_file() and not p.name.startswith("."))
-    if files:
+    if files and begun not in files:
         raise CheckpointError(
             f"{out} holds {files[0]} and no training run; give another folder as --out"
         )
@@ -69,7 +74,7 @@ def check_run(
         if name not in known:
             raise ValueError(f"allow_change names {name!r}; the settings are {', '.join(known)}")
     if not (out / CONFIG).exists():
-        check_free(out)
+        check_free(out, begun=CONFIG)
     changed = config.changes(_read(out / CONFIG)) if (out / CONFIG).exists() else {}
     if (out / DATA).exists():
         before, now = _read(out / DATA)["digest"], images.digest()

@@ -51,7 +51,7 @@ def check_same_run(
         if name not in known:
             raise ValueError(f"allow_change names {name!r}; the settings are {', '.join(known)}")
     if not (out / CONFIG).exists():
-        check_free(out)
+        check_free(out, begun=CONFIG)
         return {}
     saved, before = _read(out / CONFIG), _read(out / INPUTS)
     # A run from before a setting existed lacks it; one of another kind lacks all of that kind.

@@ -76,7 +76,7 @@ class Records:
                 )
         path = self.out / CONFIG
         if not path.exists():
-            check_free(self.out)
+            check_free(self.out, begun=CONFIG)
             return
         try:
             saved = json.loads(path.read_text())

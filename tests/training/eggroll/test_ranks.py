@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from eggroll_runs import hash_of, log_lines, run_ranks, small_config, trainer
 
+from diffsteer.training.checkpoint import CheckpointError
 from diffsteer.training.eggroll import Hub
 from diffsteer.training.eggroll.byte_code import (
     decode_differences,
@@ -26,6 +27,7 @@ from diffsteer.training.eggroll.byte_code import (
 )
 from diffsteer.training.eggroll.messages import Messages
 from diffsteer.training.eggroll.shaping import shape_fitness
+from diffsteer.training.run_folder import check_free
 
 NAN = float("nan")
 RANKS = Path(__file__).parents[2] / "support" / "eggroll_ranks.py"
@@ -261,3 +263,12 @@ def test_gloo_processes_come_to_the_bits_of_one_process(
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found == {"2": [alone[0]] * 2, "4": [alone[0]] * 4}
+
+
+def test_a_run_that_another_rank_has_just_begun_is_nobody_elses(tmp_path: Path) -> None:
+    """A rank looks for the settings, does not find them, and then finds files in the folder."""
+    (tmp_path / "history.jsonl").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"history\.jsonl and no training run"):
+        check_free(tmp_path, begun="config.json")
+    (tmp_path / "config.json").write_text("{}")
+    check_free(tmp_path, begun="config.json")
